@@ -20,7 +20,8 @@ from merge_cli.options import OnProgress, Progress
 from merge_cli.system.machine import show_size
 
 _POLL_SECONDS = 0.5
-_PATIENCE = 120.0  # for a process to start, before the user is told that it waits
+_START_SECONDS = 10.0  # for a process to start; then its job goes to one that is free, if any is
+_PATIENCE = 60.0  # for the first process to start, before the user is told that it waits
 _STOP_SECONDS = 10.0
 _ATTEMPTS = 3  # processes that a job may lose, before it is the job that is suspected
 
@@ -113,11 +114,20 @@ class _Actor:
 
 @dataclass
 class _Assignment(Generic[Job]):
-    """A job, how many processes have had it, and the process that has it now."""
+    """A job, and who does it.
+
+    Attributes:
+        attempts: processes that have had it.
+        actor: the process that has it now.
+        starting: the call that a new process answers when it has started.
+        since: when it was given the job.
+    """
 
     job: Job
     attempts: int = 0
     actor: Any = None
+    starting: Any = None
+    since: float = 0.0
 
 
 class ActorPool(Generic[Job, Answer]):
@@ -164,6 +174,7 @@ class ActorPool(Generic[Job, Answer]):
             ResourceError: a job has lost several processes.
         """
         while True:
+            self._take_from_waiting()
             self._give(jobs)
             if not self._busy:
                 return
@@ -210,10 +221,30 @@ class ActorPool(Generic[Job, Answer]):
             else:
                 return
             assignment.attempts += 1
-            assignment.actor = (
-                self._idle.pop() if self._idle else self._remote.remote(self._make, self._around)
-            )
+            assignment.since, assignment.starting = time.monotonic(), None
+            if self._idle:
+                assignment.actor = self._idle.pop()
+            else:
+                assignment.actor = self._remote.remote(self._make, self._around)
+                assignment.starting = assignment.actor.host.remote()
             self._busy[assignment.actor.answer.remote(assignment.job)] = assignment
+
+    def _take_from_waiting(self) -> None:
+        """Give jobs of processes that find no room to those that have nothing to do.
+
+        Where a node is lost, or others use the cluster, there is less room than there was.
+        """
+        for call, assignment in [*self._busy.items()]:
+            if len(self._again) >= len(self._idle):
+                return
+            waited = time.monotonic() - assignment.since
+            if assignment.starting is None or waited < _START_SECONDS:
+                continue
+            if not self._ray.wait([assignment.starting], timeout=0)[0]:
+                self._ray.kill(assignment.actor)
+                del self._busy[call]
+                assignment.attempts -= 1
+                self._again.append(assignment)
 
     def _lose(self, assignment: _Assignment[Job], error: Exception) -> None:
         self._ray.kill(assignment.actor)

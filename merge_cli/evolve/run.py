@@ -19,8 +19,9 @@ from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
-from merge_cli.evolve.optimizers import EvaluatedGenome, Ranking, make_optimizer
+from merge_cli.evolve.optimizers import EvaluatedGenome, make_optimizer
 from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, plan_search, start_genome
+from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.record import References, gate, score_text
 from merge_cli.evolve.rivals import SearchOutcome, judge
 from merge_cli.evolve.static import FISHER, soup_start

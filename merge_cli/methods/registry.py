@@ -22,8 +22,7 @@ Packages add methods by the entry-point group `merge_cli.methods`; docs/methods.
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
@@ -32,6 +31,7 @@ from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.fused import FusedForm
+from merge_cli.methods.former_keywords import renamed
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.schema import Parameters, Recipe
@@ -67,19 +67,6 @@ _BUILT_IN = (
     "auto",
 )
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients", "statistics")
-
-
-# Keywords of `merge_method` until 0.2, which packages may still use.
-_FORMER_KEYWORDS = {
-    "prepare": "tensor_pass",
-    "survey": "model_pass",
-    "kept": "count_kept",
-    "copies": "is_identity",
-    "variant": "resolve_variant",
-    "any_array": "supports_numpy",
-    "whole": "extra_memory",
-}
-_DERIVED = ("learns", "prepare_uses")  # former keywords that follow from signatures now
 
 
 @dataclass(frozen=True)
@@ -256,68 +243,18 @@ def merge_method(
             base_is_source=base_is_source,
             averages_base=averages_base,
         )
-        _register(replace(method, **_renamed(name, former)), listed)
+        register(replace(method, **renamed(name, former)), listed=listed)
         return function
 
     return record
 
 
-def searched_method(name: str, *, paper: str) -> Callable[[F], F]:
-    """Record a method that a search turns into a recipe of another one.
+def register(method: Method, *, listed: bool = True) -> None:
+    """Record a method under its names, if it is one that recipes may name.
 
-    The decorated function takes a recipe and returns that other method, or None where the recipe
-    does not name it. Nothing computes with the method itself.
+    Raises:
+        TypeError: a name is taken, or a signature cannot be read.
     """
-
-    def record(function: F) -> F:
-        method = Method(name, function, paper=paper, resolve_variant=function, searches=True)
-        _register(method, listed=True)
-        return function
-
-    return record
-
-
-def automatic_method(name: str) -> Callable[[F], F]:
-    """Record a method that tries others on data, and becomes the best of them.
-
-    The decorated function takes a recipe and returns the method that it is planned as.
-    """
-
-    def record(function: F) -> F:
-        _register(Method(name, function, resolve_variant=function, automatic=True), listed=True)
-        return function
-
-    return record
-
-
-def short_form(name: str, *, paper: str) -> Callable[[F], F]:
-    """Record a method whose recipes are read into recipes of another one (`recipe.checkpoints`).
-
-    The decorated function takes a recipe and returns that other method.
-    """
-
-    def record(function: F) -> F:
-        method = Method(name, function, paper=paper, resolve_variant=function, is_short_form=True)
-        _register(method, listed=True)
-        return function
-
-    return record
-
-
-def _renamed(name: str, former: Mapping[str, Any]) -> dict[str, Any]:
-    """Former keywords under the names that they have now."""
-    unknown = sorted(set(former) - set(_FORMER_KEYWORDS) - set(_DERIVED))
-    if unknown:
-        raise TypeError(f"{name}: merge_method() has no keyword '{unknown[0]}'")
-    for keyword in former:
-        now = _FORMER_KEYWORDS.get(keyword)
-        advice = f"is called {now}" if now else "follows from signatures and can be left out"
-        message = f"merge method '{name}': the keyword '{keyword}' {advice}"
-        warnings.warn(message, DeprecationWarning, stacklevel=4)
-    return {_FORMER_KEYWORDS[k]: value for k, value in former.items() if k in _FORMER_KEYWORDS}
-
-
-def _register(method: Method, listed: bool) -> None:
     function = method.function
     if not function.__module__.startswith("merge_cli."):
         _load_built_in()  # so that a name of ours is taken, whoever is imported first

@@ -17,7 +17,8 @@ from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.journal import Evaluations, SearchWorkspace
 from merge_cli.evolve.loop import Asynchronous, Loop
 from merge_cli.evolve.objectives import CandidateScore, Goal, Split, Value
-from merge_cli.evolve.optimizers import Ranking, make_optimizer
+from merge_cli.evolve.optimizers import make_optimizer
+from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.space import Space
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.search import Search
