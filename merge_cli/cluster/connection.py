@@ -25,7 +25,7 @@ from merge_cli.system.notices import say_once
 from merge_cli.system.raw_io import write_error
 
 _KNOCK_SECONDS = 5.0
-_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY")
 _ANSWER_SECONDS = 120.0  # a node's first Python process imports for a while
 _HINT = "Start one with `ray start --head`, or merge without --ray and `engine: ray`."
 
@@ -100,8 +100,9 @@ def _knock(address: str) -> None:
         raise UsageError(f"'{address}' is no address of a Ray cluster", hint=hint)
     try:
         socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        message = f"no Ray cluster answers at '{address}': {error}"
+    except (OSError, OverflowError) as error:  # the second of a port that is none
+        why = getattr(error, "strerror", None) or error
+        message = f"no Ray cluster answers at '{address}': {why}"
         raise ResourceError(message, hint=_HINT) from error
 
 
