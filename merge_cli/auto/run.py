@@ -143,9 +143,10 @@ class _Run:
 
     def prepared(self, step: str) -> Answer:
         """The plan that merges what a step has tried, and what belongs to it."""
-        if step not in self._prepared:
-            for _, answer in self._workers.run(iter([self._trials.job_of(step, "")])):
-                self._prepared[step] = answer
+        if step not in self._prepared:  # everything about it was in the journal
+            job = self._trials.job_of(step, "")
+            answers = self._workers.run(iter([job])) if job.method else [(job, Answer(job.plan))]
+            self._prepared |= {job.step: answer for job, answer in answers}
         return self._prepared[step]
 
     def interrupted(self) -> Interrupted:

@@ -30,6 +30,7 @@ from merge_cli.planning.plan import Chunk, Plan
 from merge_cli.system.raw_io import sync, write_error
 
 _SYNC_SECONDS = 1.0
+SHARED_CACHE = "Set MERGE_CLI_CACHE to a folder on storage that all nodes share."
 SHARED = "Models and OUT must be on storage that every node has under the same path."
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from merge_cli.cluster.connection import check_storage, connected, reason, usable_nodes
 from merge_cli.cluster.members import Member, start_member
-from merge_cli.cluster.node import SHARED, Work
+from merge_cli.cluster.node import SHARED, SHARED_CACHE, Work
 from merge_cli.cluster.shares import LEAST_BYTES, Shares
 from merge_cli.cluster.summary import together
 from merge_cli.engine.device import Device, device_of
@@ -140,7 +140,16 @@ class _Run:
         )
 
     def _prepare(self) -> None:
-        """A clean folder for the nodes' journals, and the work in Ray's object store."""
+        """A clean folder for the nodes' journals, and the work in Ray's object store.
+
+        Raises:
+            ResourceError: the folder cannot be written, or nodes do not share the cache that they
+                have to read statistics from.
+        """
+        if self._plan.calibrated is not None:
+            nodes = usable_nodes(self._ray, self._device.kind)
+            for folder in {file.path.parent for file in self._plan.calibrated.files}:
+                check_storage(self._ray, nodes, folder.absolute(), hint=SHARED_CACHE)
         try:
             if self._done:  # what was written here must not be less certain than what follows
                 sync(self._model / shard.file for shard in self._plan.shards)
