@@ -21,9 +21,6 @@ from merge_cli.system.caches import cache_folder
 
 # Beside the model: the interpreter with torch and transformers, activations, blocks of the sources.
 _BESIDE_THE_MODEL = 1_000_000_000
-_CACHE = (
-    "Set MERGE_CLI_CACHE to a folder on storage that all nodes share: statistics are kept there."
-)
 
 
 class Workers(Protocol):
@@ -90,6 +87,7 @@ def workers_for(
         return
     from merge_cli.cluster.actors import ActorPool, Resources, room_for
     from merge_cli.cluster.connection import check_storage, connected, usable_nodes
+    from merge_cli.cluster.node import SHARED_CACHE
 
     kind = device_of(options).kind
     with connected(options.ray) as ray:
@@ -100,7 +98,7 @@ def workers_for(
         resources = Resources(cpus, int(kind == "cuda"), memory)
         count = room_for(nodes, resources)
         if any(step.prepares for step in decided.steps):
-            check_storage(ray, nodes, cache_folder().absolute(), hint=_CACHE)
+            check_storage(ray, nodes, cache_folder().absolute(), hint=SHARED_CACHE)
         there = replace(
             setup,
             folder=folder.absolute(),
