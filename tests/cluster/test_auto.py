@@ -90,7 +90,7 @@ def test_steps_and_candidates_are_tried_on_the_nodes_and_one_is_killed(
     assert digest(tmp_path / "out") == digest(out)
     assert auto["cost"]["processes"] == 3
     notes = [p.note for p in seen if not p.total]
-    assert any("up to 3 at once, each with 1 CPU and 1.0" in note for note in notes)
+    assert any("up to 3 at once, each with 1 CPU and 1 GB of memory" in note for note in notes)
     assert any(re.match("a process was lost, another one does .* again: ", n) for n in notes)
     assert {"gather", "train", "search", "auto", "merge"} <= {p.stage for p in seen}
     done = [p.done for p in seen if p.stage == "auto" and p.total]
@@ -144,7 +144,7 @@ def test_a_model_that_no_node_has_room_for() -> None:
     node = Node("1", "one", 4, 0, 10 * 10**9)
     assert room_for([node, node], Resources(2, 0, 4 * 10**9)) == 4
     assert room_for([node], Resources(1, 0, 6 * 10**9)) == 1
-    with pytest.raises(ResourceError, match=r"no node .* has 2 CPUs and 20.0 GB of memory"):
+    with pytest.raises(ResourceError, match=r"no node .* has 2 CPUs and 20 GB of memory"):
         room_for([node], Resources(2, 0, 20 * 10**9))
     with pytest.raises(ResourceError, match="1 CPU, 1 GPU and"):
         room_for([node], Resources(1, 1, 10**9))
