@@ -19,9 +19,6 @@ from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.system.caches import cache_folder
 
-# Beside the model: the interpreter with torch and transformers, activations, blocks of the sources.
-_BESIDE_THE_MODEL = 1_000_000_000
-
 
 class Workers(Protocol):
     """Does jobs; `count` of them at once."""
@@ -86,7 +83,7 @@ def workers_for(
             workers.close()
         return
     from merge_cli.cluster.actors import ActorPool, Resources, room_for
-    from merge_cli.cluster.connection import check_storage, connected, usable_nodes
+    from merge_cli.cluster.connection import BESIDE_A_MODEL, check_storage, connected, usable_nodes
     from merge_cli.cluster.node import SHARED_CACHE
 
     kind = device_of(options).kind
@@ -94,7 +91,7 @@ def workers_for(
         nodes = usable_nodes(ray, kind)
         smallest = min(node.cpus for node in nodes)
         cpus = 1 if kind == "cuda" else min(options.threads or smallest, smallest)
-        memory = soup.bytes_written + _BESIDE_THE_MODEL
+        memory = soup.bytes_written + BESIDE_A_MODEL
         resources = Resources(cpus, int(kind == "cuda"), memory)
         count = room_for(nodes, resources)
         if any(step.prepares for step in decided.steps):

@@ -24,6 +24,9 @@ from merge_cli.system.caches import cache_folder
 from merge_cli.system.notices import say_once
 from merge_cli.system.raw_io import write_error
 
+# Of a process that runs a model, beside the model: the interpreter with torch and transformers,
+# activations, blocks of the sources.
+BESIDE_A_MODEL = 1_000_000_000
 _KNOCK_SECONDS = 5.0
 _PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY")
 _ANSWER_SECONDS = 120.0  # a node's first Python process imports for a while

@@ -1,4 +1,4 @@
-"""A few large pieces of work on a Ray cluster, a task each, with the CPUs or GPUs that it needs."""
+"""A few large pieces of work on a Ray cluster, a task each, with what it needs of a node."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class TaskCluster:
     Attributes:
         kind: of the device: cuda where nodes have GPUs, one for each task.
         cpus: of each task: as many as the smallest node has.
+        memory: of each task, bytes.
     """
 
     ray: Any
     kind: str
     cpus: int
+    memory: int
 
     def map(
         self, function: Callable[..., T], items: Sequence[tuple[Any, ...]]
@@ -42,6 +44,7 @@ class TaskCluster:
         remote = self.ray.remote(
             num_cpus=1 if self.kind == "cuda" else self.cpus,
             num_gpus=1 if self.kind == "cuda" else 0,
+            memory=self.memory,
             max_retries=_RETRIES,
         )(_run)
         around = Surroundings.here()
@@ -64,12 +67,14 @@ class TaskCluster:
 
 
 @contextmanager
-def task_cluster(address: str, device: str, cpus: int | None) -> Iterator[TaskCluster]:
+def task_cluster(address: str, device: str, cpus: int | None, memory: int) -> Iterator[TaskCluster]:
     """Connect to a cluster for tasks that run models.
 
     Args:
         device: auto takes GPUs where the cluster has some.
         cpus: of each task; None for all of a node's.
+        memory: of each task, bytes; where a node has less, all that it has: a model that does not
+            fit is read layer by layer.
 
     Raises:
         UsageError, ResourceError: as `connected` and `usable_nodes` do.
@@ -78,7 +83,9 @@ def task_cluster(address: str, device: str, cpus: int | None) -> Iterator[TaskCl
         nodes = usable_nodes(ray, "cuda" if device == "cuda" else "cpu")
         has_gpu = device != "cpu" and any(node.gpus for node in nodes)
         smallest = min(node.cpus for node in nodes)
-        yield TaskCluster(ray, "cuda" if has_gpu else "cpu", min(cpus or smallest, smallest))
+        reserved = min(memory, *(node.memory for node in nodes))
+        kind = "cuda" if has_gpu else "cpu"
+        yield TaskCluster(ray, kind, min(cpus or smallest, smallest), reserved)
 
 
 def _run(

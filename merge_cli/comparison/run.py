@@ -157,10 +157,13 @@ def _evaluated(
             evaluate_source(model.source, spec, partial(_of_model, on_progress, model.name))
             for model in models
         ]
+    from merge_cli.cluster.connection import BESIDE_A_MODEL
     from merge_cli.cluster.tasks import task_cluster
 
     results: dict[int, Evaluation] = {}
-    with task_cluster(ray, spec.device, spec.threads) as cluster:
+    largest = max(sum(t.nbytes for t in model.source.tensors.values()) for model in models)
+    memory = largest + BESIDE_A_MODEL
+    with task_cluster(ray, spec.device, spec.threads, memory) as cluster:
         there = spec.changed(device=cluster.kind, threads=cluster.cpus)
         for number, result in cluster.map(evaluate_source, [(m.source, there) for m in models]):
             results[number] = result

@@ -18,6 +18,7 @@ def nodes() -> Iterator[Nodes]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_worker_niceness", "0")  # else a busy machine starves them
         head = {**SMALL, "include_dashboard": False}
         made = Nodes(Cluster(initialize_head=True, head_node_args=head))
         made.add()

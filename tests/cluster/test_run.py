@@ -121,8 +121,11 @@ def test_gpus_that_the_cluster_does_not_have(nodes: Nodes, family: Family, tmp_p
 
 def test_tasks(nodes: Nodes) -> None:
     """Results as they come, by number; an error of this program is raised as what it is."""
-    with task_cluster(nodes.cluster.address, "auto", None) as cluster:
-        assert (cluster.kind, cluster.cpus) == ("cpu", 1)
+    least = min(node.memory for node in nodes_of(ray))
+    for wanted, reserved in ((10**6, 10**6), (10**18, least)):
+        with task_cluster(nodes.cluster.address, "auto", None, wanted) as cluster:
+            assert (cluster.kind, cluster.cpus, cluster.memory) == ("cpu", 1, reserved)
+    with task_cluster(nodes.cluster.address, "auto", None, 10**6) as cluster:
         answers = dict(cluster.map(lambda word, times: word * times, [("a", 1), ("b", 2)]))
         assert answers == {0: "a", 1: "bb"}
 
