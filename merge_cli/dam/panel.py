@@ -62,6 +62,7 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
     return {
         "dials": plain_training(decided.training),
         "coefficients": decided.coefficients,
+        "coefficients_from_whole": decided.coefficients_from_whole,
         "steps": decided.steps,
         "tokens": decided.tokens,
         "start": list(start_candidates(decided)),
@@ -140,7 +141,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             "coefficients",
             f"{decided.coefficients:,} numbers for {trained} tensors"
             f" ({granularity_in_words(training)}, {training.form}, "
-            f"activation {training.activation}){still}",
+            f"activation {training.activation}){still}{_more_from_whole(decided)}",
         ),
         ("start", _start_in_words(decided)),
         ("predictions", f"{show_size(cache)} {storage}"),
@@ -155,6 +156,14 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         *([("rollouts", _rollouts_in_words(decided))] if training.rollouts else []),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
+
+
+def _more_from_whole(decided: TrainingPlan) -> str:
+    count = decided.coefficients_from_whole
+    if count is None:
+        return ""
+    merges = " or ".join(merge.method for merge in decided.static)
+    return f"; {count:,} if it starts at the merge of {merges}, where the base is a source, too"
 
 
 def print_learned(out: Console, training: Mapping[str, Any]) -> None:

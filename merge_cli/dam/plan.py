@@ -82,8 +82,17 @@ class TrainingPlan:
 
     @property
     def coefficients(self) -> int:
-        """Numbers that are learned."""
+        """Numbers that are learned, unless training starts at a whole merge."""
         return sum(target.count for target in self.targets)
+
+    @property
+    def coefficients_from_whole(self) -> int | None:
+        """Numbers that are learned from a whole merge, which changes the base and has it among its
+        sources; None where training cannot start at one."""
+        if not self.static or self.plan.base is None:
+            return None
+        sources = len(self.labels)
+        return sum(target.count // sources * (sources + 1) for target in self.targets)
 
     @property
     def student_bytes(self) -> int:

@@ -121,7 +121,11 @@ def test_running_its_recipe_needs_no_data_and_gives_the_same_bytes(
 ) -> None:
     folder = tmp_path / "family"
     shutil.copytree(models, folder)
-    result = run(recipe_of(folder, base=base, start="regmean"), folder / "out")
+    recipe = recipe_of(folder, base=base, start="regmean")
+    decided = decided_of(recipe)
+    result = run(recipe, folder / "out")
+    learned = result.report["training"]["coefficients"]
+    assert learned == (decided.coefficients_from_whole if base else decided.coefficients)
     written = yaml.safe_load((result.path / "merge_recipe.yaml").read_text())
     assert written["base_model"] == "./start"
     assert written["training"]["form"] == "task_vector"
