@@ -7,7 +7,7 @@ and the result does not depend on it: both are whole multiples of `BLOCK_MULTIPL
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar, cast
@@ -16,6 +16,7 @@ from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.worker_context import Files, HostWorker
 from merge_cli.kernels.fused import FORMATS, StoredBlock
+from merge_cli.kernels.streams import StoredSpan
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.planning.plan import TensorTask
 
@@ -107,21 +108,23 @@ class TensorReader:
             and (task.base is None or reading.deltas)
         )
 
-    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+    def map_stored(self, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
         """`methods.blocks.map_stored`."""
         if self.is_held or not self.can_be_stored:
             return None
         numbers = range(len(self.starts) - 1)
         return self._reading.pool.map(lambda number: work(self.stored_span(number)), numbers)
 
-    def stored_span(self, number: int) -> Iterator[StoredBlock]:
-        """The blocks of one span, as they are stored; each until the next is asked for."""
+    def stored_span(self, number: int) -> StoredSpan:
+        """One span as it is stored."""
         self.read_ahead(number + 1)
-        task, worker = self.task, cast(HostWorker, self._reading.pool.worker)
-        for start, stop in self.block_ranges(self.starts[number], self.starts[number + 1]):
-            yield worker.load_stored(
-                task.inputs, start, stop, base=task.base is not None, dtype=task.dtype
-            )[0]
+        worker = cast(HostWorker, self._reading.pool.worker)
+        return worker.span(
+            self.task.inputs,
+            self.starts[number],
+            self.starts[number + 1],
+            base=self.task.base is not None,
+        )
 
     def sample(self, count: int) -> Iterator[Block]:
         if self.size <= count:
@@ -202,7 +205,7 @@ class ModelReader:
         spans = self._spans if only is None else [self._spans[only]]
         return self._map(lambda span: work(span[0].span(span[1])), spans)
 
-    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+    def map_stored(self, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
         """`methods.blocks.map_stored`."""
         if not all(isinstance(t, TensorReader) and t.can_be_stored for t in self.tensors):
             return None

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
-from merge_cli.kernels.fused import StoredBlock, count_blocks
+from merge_cli.kernels.fused import StoredBlock
 from merge_cli.kernels.keys import (
     KeyCounter,
     RangeCounter,
@@ -29,6 +29,7 @@ from merge_cli.kernels.keys import (
     number,
 )
 from merge_cli.kernels.kth_largest import kth_largest
+from merge_cli.kernels.passes import count_blocks
 
 _BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
 _FEW = 8  # keys that are counted one by one, without a histogram
@@ -71,7 +72,7 @@ def kept_count(density: float, size: int) -> int:
     return int(Fraction(repr(float(density))) * size)
 
 
-def _trimmed_count(density: float, size: int) -> int:
+def trimmed_count(density: float, size: int) -> int:
     """What trimming keeps: of any density above 0 at least one element."""
     return max(kept_count(density, size), 1) if density > 0 and size else 0
 
@@ -82,7 +83,7 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Magnitude
     Returns:
         One cut for each operand; None where nothing is trimmed (density 1).
     """
-    return exact_cuts([_trimmed_count(density, stream.size) for density in densities], stream)
+    return exact_cuts([trimmed_count(density, stream.size) for density in densities], stream)
 
 
 def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold | None]:

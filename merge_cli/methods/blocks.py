@@ -5,7 +5,7 @@ And which sources a formula runs over (`operand_specs`): those that are listed, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -96,7 +96,7 @@ class TensorBlocks(Blocks, Protocol):
         """Every block in order, read by the calling thread alone."""
 
 
-def map_stored(blocks: Blocks, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+def map_stored(blocks: Blocks, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
     """work(a span's blocks as they are stored) for every span, in one compiled loop each.
 
     None where the blocks do not lie in the host's memory as bfloat16, float16 or float32: then
@@ -129,7 +129,7 @@ class RowStream:
     def starts(self) -> Sequence[int]:
         return self.blocks.starts
 
-    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+    def map_stored(self, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
         if self.rows is not _operands:
             return None
         return map_stored(self.blocks, work)
