@@ -72,10 +72,14 @@ class TensorFormula:
     def fused(self) -> FusedForm | None:
         """The formula as one loop over stored bytes, where the method has one."""
         method, reader = self._method, self.reader
-        if method.fused is None or reader.is_held:
+        if method.fused is None:
             return None
-        parameters = arguments(method, self.task.parameters)
-        return method.fused(reader.at, self.supplied.get("prepared"), **parameters)
+        prepared, parameters = (
+            self.supplied.get("prepared"),
+            arguments(method, self.task.parameters),
+        )
+        # A block that was read for that is not read again.
+        return None if reader.has_block else method.fused(reader.at, prepared, **parameters)
 
     def fused_unread(self, chunks: Sequence[Chunk]) -> FusedForm | None:
         """The same without reading the tensor, where nothing must be known of it first.

@@ -80,7 +80,7 @@ class StreamedMerger:
         worker = cast(HostWorker, self._reader.pool.worker)
         streamed: list[tuple[StreamedChunk, MergeJob]] = []
         for item in chunks:
-            job = self._job(item, worker)
+            job = self._job(item, worker, alone=len(chunks) == 1)
             if job is None:
                 self._merge_by_blocks(item, finished)
             else:
@@ -88,7 +88,7 @@ class StreamedMerger:
         for _, alike in groupby(streamed, key=lambda pair: len(pair[1].inputs)):
             self._stream([*alike], worker, finished)
 
-    def _job(self, item: StreamedChunk, worker: HostWorker) -> MergeJob | None:
+    def _job(self, item: StreamedChunk, worker: HostWorker, *, alone: bool) -> MergeJob | None:
         """The chunk as a loop takes it; None where some input is computed, or a file has gone."""
         task, chunk = item.task, item.chunk
         inputs = worker.stored_inputs(task.inputs)
@@ -96,7 +96,10 @@ class StreamedMerger:
         if inputs is None or target is None:
             return None
         runs = SampleRuns.of(task.size) if self._statistics else SampleRuns(0, 0)
-        job = MergeJob(item.form, inputs, target, chunk.start, chunk.stop, runs.run, runs.period)
+        where = inputs, target, chunk.start, chunk.stop
+        # Others would overwrite what a pass over this one has left in the buffer.
+        is_loaded = alone and worker.holds(inputs, chunk.start, chunk.stop)
+        job = MergeJob(item.form, *where, runs.run, runs.period, is_loaded)
         return job if job.has_one_key else None
 
     def _stream(

@@ -174,6 +174,8 @@ class HostWorker:
         self.clock, self.block, self._files = StageClock(), block, files
         # Anonymous pages of our own: aligned, and in memory only where they have been used.
         self._buffer = mmap.mmap(-1, block * _WIDEST * inputs + _ALIGNMENT)
+        # Whose bytes lie in the buffer, where a loop has left a whole span in it.
+        self._holds: tuple[Sequence[Stored], int, int] | None = None
 
     def active(self) -> AbstractContextManager[Any]:
         import numpy as np
@@ -224,7 +226,7 @@ class HostWorker:
         size = stop - start
         sizes = [size] * len(refs)
         starts, kinds = stored_starts(sizes, [ref.dtype for ref in refs])
-        buffer = self._bytes
+        buffer, self._holds = self._bytes, None
         for ref, first in zip(refs, starts, strict=False):
             raw = buffer[first : first + size * width_of(ref.dtype)]
             self._files.read(self.clock, ref, start, raw.data)
@@ -254,7 +256,7 @@ class HostWorker:
         """`MergeStreams.run` in this worker's buffer, on its clock."""
         import numpy as np
 
-        spent = np.zeros(4)
+        spent, self._holds = np.zeros(4), None
         number = streams.run(first, self._bytes, self.block, spent)
         self.clock.add(spent)
         return number
@@ -273,7 +275,16 @@ class HostWorker:
             return self.load_stored(tensors, begin, end, base=base, dtype=tensors[0].dtype)[0]
 
         inputs = self.stored_inputs(tensors)
-        return StoredSpan(start, stop, base, inputs, self._bytes, self.block, load, self.clock.add)
+
+        def on_spent(spent: Any, is_whole: bool) -> None:
+            self.clock.add(spent)
+            self._holds = (inputs, start, stop) if inputs is not None and is_whole else None
+
+        return StoredSpan(start, stop, base, inputs, self._bytes, self.block, load, on_spent)
+
+    def holds(self, inputs: Sequence[Stored], start: int, stop: int) -> bool:
+        """Whether the last loop has left elements [start, stop) in the buffer."""
+        return self._holds == (inputs, start, stop)
 
     @cached_property
     def _bytes(self) -> Any:
@@ -285,6 +296,7 @@ class HostWorker:
         """(inputs, bytes) of the worker's buffer."""
         import numpy as np
 
+        self._holds = None
         width = size * width_of(dtype)
         return np.frombuffer(self._buffer, np.uint8, inputs * width).reshape(inputs, width)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from merge_cli.kernels.fused import StoredBlock
-from merge_cli.kernels.keys import KeyCounter, RangeCounter
+from merge_cli.kernels.keys import KeyCounter, RangeCounter, key_of
 from merge_cli.kernels.streams import StoredSpan
 
 
@@ -54,6 +54,64 @@ def count_blocks(
             counter.equal += equal[n, : len(counter.equal)]
         else:
             counter.set(int(above[n, 0]), counts[n, : counter.bins])
+
+
+def sample_keys(span: StoredSpan, run: int, step: int) -> Any:
+    """The keys of the first `run` of every `step` elements: numpy uint32 [sources, elements].
+
+    None where not all of them can be read in one loop.
+    """
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    if span.inputs is None:
+        return None
+    inputs, size, spent = np.array(span.inputs, np.int64), span.stop, np.zeros(4)
+    whole, rest = divmod(size, step)
+    count = whole * run + min(rest, run)
+    sampled = np.empty((len(inputs) - span.based, count), np.uint32)
+    address, where = compiled.keys_stored.address, (span.buffer, span.based, inputs)
+    read: int = compiled.sample_stream(
+        address, *where, size, step, run, sampled, time.CLOCK_MONOTONIC, spent
+    )
+    span.on_spent(spent, False)
+    return sampled if read == count else None
+
+
+def find_ties(
+    blocks: Iterable[StoredBlock], thresholds: Mapping[int, float], ordinals: Mapping[int, int]
+) -> dict[int, int]:
+    """For some sources an element that equals a threshold: how many lie before it in the blocks.
+
+    Args:
+        ordinals: by source: which of the elements that equal its threshold, from 1. It is there.
+    """
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    operands, left = np.array([*ordinals], np.int64), np.array([*ordinals.values()], np.int64)
+    sought = np.array([key_of(thresholds[i]) for i in ordinals], np.uint32)
+    indexes = np.zeros(len(ordinals), np.int64)
+    passed = 0
+
+    def stream(*span: Any) -> int:
+        nonlocal passed
+        *inputs, begin, stop, spent = span
+        tables = operands, sought, left, indexes, begin - passed
+        address = compiled.find_stored.address
+        done: int = compiled.find_stream(
+            address, *inputs, begin, stop, *tables, time.CLOCK_MONOTONIC, spent
+        )
+        passed += done - begin
+        return done
+
+    for block in _left(blocks, stream):
+        if not compiled.find_stored(*block.inputs, operands, sought, left, passed, indexes):
+            break
+        passed += block.size
+    return dict(zip(ordinals, indexes.tolist(), strict=True))
 
 
 def dot_products(blocks: Iterable[StoredBlock], run: int) -> list[list[float]]:

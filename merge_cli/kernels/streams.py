@@ -28,6 +28,7 @@ class MergeJob:
     Attributes:
         inputs: the base first, if there is one.
         run, period: the first `run` elements of every `period` are measured; 0 for none.
+        is_loaded: all of it lies in the buffer: see `StoredSpan.on_spent`.
     """
 
     form: FusedForm
@@ -37,6 +38,7 @@ class MergeJob:
     stop: int
     run: int
     period: int
+    is_loaded: bool = False
 
     @property
     def has_one_key(self) -> bool:
@@ -137,7 +139,7 @@ def _choices(job: MergeJob) -> list[int]:
     """A row of `jobs`, in the order of its columns."""
     form = job.form
     drops = 0 if form.drop is None else 1 if isinstance(form.drop, Masks) else 2
-    row = [job.start, job.stop, *job.target, job.run, job.period, drops]
+    row = [job.start, job.stop, *job.target, job.run, job.period, job.is_loaded, drops]
     if form.election is None:
         return [*row, 0, 0, 0]
     return [*row, 1, form.election.weighted, DIVISORS[form.election.divide_by]]
@@ -172,7 +174,8 @@ class StoredSpan:
         inputs: where they lie; None where some of them are computed from what is stored.
         buffer: room for a block of every input, numpy uint8.
         load: reads elements [begin, end) otherwise.
-        on_spent: gets what a loop has spent, see `MergeStreams.run`.
+        on_spent: gets what a loop has spent, see `MergeStreams.run`; and whether it has left all
+            elements in the buffer, as `MergeStreams` lays them out there.
     """
 
     start: int
@@ -182,7 +185,7 @@ class StoredSpan:
     buffer: Any
     block: int
     load: Callable[[int, int], StoredBlock]
-    on_spent: Callable[[Any], None]
+    on_spent: Callable[[Any, bool], None]
 
     def __iter__(self) -> Iterator[StoredBlock]:
         """Every block, each until the next is asked for."""
@@ -202,7 +205,8 @@ class StoredSpan:
             if stream is not None and inputs is not None:
                 spent = np.zeros(4)
                 begin = stream(self.buffer, self.block, self.based, inputs, begin, self.stop, spent)
-                self.on_spent(spent)
+                is_one_block = self.stop - self.start <= self.block
+                self.on_spent(spent, is_one_block and begin == self.stop)
             if begin < self.stop:
                 end = min(begin + self.block, self.stop)
                 yield self.load(begin, end)

@@ -35,6 +35,8 @@ from merge_cli.kernels.compiled.fused import (
     TOO_LARGE,
     count_stored,
     dot_stored,
+    find_stored,
+    keys_stored,
     measure_stored,
     merge_disjoint,
     merge_linear,
@@ -53,7 +55,13 @@ from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
 from merge_cli.kernels.compiled.ranks import kth_largest, rank_stored
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
-from merge_cli.kernels.compiled.streams import count_stream, dot_stream, merge_streams
+from merge_cli.kernels.compiled.streams import (
+    count_stream,
+    dot_stream,
+    find_stream,
+    merge_streams,
+    sample_stream,
+)
 from merge_cli.kernels.compiled.sums import (
     absolute_runs,
     add_scaled,
@@ -98,10 +106,13 @@ __all__ = [
     "encode_e4m3",
     "encode_f16",
     "encode_int4",
+    "find_stored",
+    "find_stream",
     "find_tie",
     "gram",
     "group_extremes",
     "key_of_rank",
+    "keys_stored",
     "kth_largest",
     "look_up",
     "low_rank_product",
@@ -114,6 +125,7 @@ __all__ = [
     "own_products",
     "quick_change",
     "rank_stored",
+    "sample_stream",
     "scale_groups",
     "scaled_parts",
     "spread_bytes",

@@ -16,6 +16,8 @@ from merge_cli.kernels.compiled.files import read_exactly, seconds_by, write_exa
 from merge_cli.kernels.compiled.fused import (
     count_stored,
     dot_stored,
+    find_stored,
+    keys_stored,
     measure_stored,
     merge_disjoint,
     merge_linear,
@@ -25,10 +27,10 @@ from merge_cli.kernels.compiled.ranks import rank_stored
 from merge_cli.kernels.compiled.tiles import FLOAT32
 
 # The columns of `jobs`: elements [start, stop) of a tensor; where its output's bytes begin, and how
-# they are encoded; which elements are measured (`run` of every `period`); what the formula does.
+# they are encoded; which elements are measured (`run` of every `period`); whether the first block
+# lies in the buffer already; what the formula does.
 START, STOP, TARGET, TARGET_OFFSET, TARGET_KIND, RUN, PERIOD = 0, 1, 2, 3, 4, 5, 6
-DROPS, ELECTS, WEIGHTED, DIVIDE_BY = 7, 8, 9, 10
-COLUMNS = 11
+LOADED, DROPS, ELECTS, WEIGHTED, DIVIDE_BY = 7, 8, 9, 10, 11
 # What is dropped of the sources.
 NO_DROP, BY_MASK, BY_CUT = 0, 1, 2
 # The columns of `inputs` (for each job and input) and of `numbers`.
@@ -40,6 +42,7 @@ _WORD = 0xFFFFFFFF
 call_linear, call_disjoint = merge_linear.by_address, merge_disjoint.by_address
 call_measure, call_rank = measure_stored.by_address, rank_stored.by_address
 call_count, call_dot = count_stored.by_address, dot_stored.by_address
+call_find, call_keys = find_stored.by_address, keys_stored.by_address
 
 
 @part()
@@ -162,11 +165,13 @@ def merge_streams(
             begin = job[START]
             end = min(begin + block, stop)
             began = seconds_by(clock, time)
-            was_read = load_block(inputs[j], begin, end - begin, buffer, starts, kinds)
-            spent[0] += seconds_by(clock, time) - began
-            if not was_read:
+            if job[LOADED]:
+                job[LOADED] = 0
+            elif load_block(inputs[j], begin, end - begin, buffer, starts, kinds):
+                spent[2] += bytes_of(kinds, end - begin)
+            else:
                 return j
-            spent[2] += bytes_of(kinds, end - begin)
+            spent[0] += seconds_by(clock, time) - began
             stored = buffer, starts, kinds, end - begin
             if drops == BY_CUT:
                 if addresses[3]:
@@ -258,6 +263,72 @@ def count_stream(
         call_count(address, (*stored, operands, ranges, candidates, above, equal, counts))
         begin += size
     return begin
+
+
+@kernel(
+    "i8(i8, u1[::1], i8, boolean, i8[:, ::1], i8, i8, i8[::1], u4[::1], i8[::1], i8[::1], i8, "
+    "i8, f8[::1])"
+)
+def find_stream(
+    address,
+    buffer,
+    block,
+    based,
+    inputs,
+    begin,
+    stop,
+    operands,
+    keys,
+    ordinals,
+    indexes,
+    origin,
+    clock,
+    spent,
+):
+    """`find_stored`, which has this address, of elements [begin, stop); where it stopped.
+
+    That is `stop` when all are found. Indexes are counted from element `origin` on.
+    """
+    time = np.empty(2, np.int64)
+    starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
+    layout(inputs, min(block, stop - begin), starts, kinds)
+    while begin < stop:
+        size = min(block, stop - begin)
+        began = seconds_by(clock, time)
+        was_read = load_block(inputs, begin, size, buffer, starts, kinds)
+        spent[0] += seconds_by(clock, time) - began
+        if not was_read:
+            break
+        spent[2] += bytes_of(kinds, size)
+        stored = buffer, starts, kinds, size, based
+        if not call_find(address, (*stored, operands, keys, ordinals, begin - origin, indexes)):
+            return stop
+        begin += size
+    return begin
+
+
+@kernel("i8(i8, u1[::1], boolean, i8[:, ::1], i8, i8, i8, u4[:, ::1], i8, f8[::1])")
+def sample_stream(address, buffer, based, inputs, size, step, run, keys, clock, spent):
+    """`keys_stored`, which has this address, of the first `run` of every `step` elements.
+
+    Returns:
+        how many elements there are; -1 where they cannot be read.
+    """
+    time = np.empty(2, np.int64)
+    starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
+    layout(inputs, run, starts, kinds)
+    column = 0
+    for begin in range(0, size, step):
+        length = min(run, size - begin)
+        began = seconds_by(clock, time)
+        was_read = load_block(inputs, begin, length, buffer, starts, kinds)
+        spent[0] += seconds_by(clock, time) - began
+        if not was_read:
+            return -1
+        spent[2] += bytes_of(kinds, length)
+        call_keys(address, (buffer, starts, kinds, length, based, keys, column))
+        column += length
+    return column
 
 
 @kernel("i8(i8, u1[::1], i8, boolean, i8[:, ::1], i8, i8, i8, f8[:, :, ::1], i8, f8[::1])")
