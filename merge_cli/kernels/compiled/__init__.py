@@ -35,6 +35,8 @@ from merge_cli.kernels.compiled.fused import (
     TOO_LARGE,
     count_stored,
     dot_stored,
+    find_stored,
+    keys_stored,
     measure_stored,
     merge_disjoint,
     merge_linear,
@@ -50,9 +52,16 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
-from merge_cli.kernels.compiled.ranks import kth_largest
+from merge_cli.kernels.compiled.ranks import kth_largest, rank_stored
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
+from merge_cli.kernels.compiled.streams import (
+    count_stream,
+    dot_stream,
+    find_stream,
+    merge_streams,
+    sample_stream,
+)
 from merge_cli.kernels.compiled.sums import (
     absolute_runs,
     add_scaled,
@@ -83,11 +92,13 @@ __all__ = [
     "count_relations",
     "count_signs",
     "count_stored",
+    "count_stream",
     "decode_bf16",
     "decode_f16",
     "disjoint_mean",
     "dot_runs",
     "dot_stored",
+    "dot_stream",
     "drop",
     "eigenvalues",
     "encode_bf16",
@@ -95,20 +106,26 @@ __all__ = [
     "encode_e4m3",
     "encode_f16",
     "encode_int4",
+    "find_stored",
+    "find_stream",
     "find_tie",
     "gram",
     "group_extremes",
     "key_of_rank",
+    "keys_stored",
     "kth_largest",
     "look_up",
     "low_rank_product",
     "measure_stored",
     "merge_disjoint",
     "merge_linear",
+    "merge_streams",
     "non_finite",
     "not_empty",
     "own_products",
     "quick_change",
+    "rank_stored",
+    "sample_stream",
     "scale_groups",
     "scaled_parts",
     "spread_bytes",
