@@ -8,18 +8,26 @@ over chunks that stay in the L1 cache where several passes follow one another. I
 start at 0, or the compiler looks out for negative ones.
 """
 
-from merge_cli.kernels.compiled.codes import (
-    look_up,
-    scale_groups,
-    scaled_parts,
-    spread_bytes,
-    spread_runs,
+from merge_cli.kernels.compiled.blocks import (
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
 )
+from merge_cli.kernels.compiled.codes import look_up, scale_groups, spread_bytes
 from merge_cli.kernels.compiled.election import disjoint_mean
 from merge_cli.kernels.compiled.encoders import (
     block_largest,
+    encode_affine,
     encode_e2m1,
     encode_e4m3,
+    encode_e5m2,
     encode_int4,
     group_extremes,
 )
@@ -61,6 +69,7 @@ from merge_cli.kernels.compiled.sums import (
     weighted_sum,
 )
 from merge_cli.kernels.compiled.tiles import BF16, COUNT, F16, FLOAT32, NOTHING, WEIGHTS
+from merge_cli.kernels.compiled.turned import turned_eights, turned_fp4, turned_words
 
 __all__ = [
     "BF16",
@@ -90,9 +99,11 @@ __all__ = [
     "dot_stored",
     "drop",
     "eigenvalues",
+    "encode_affine",
     "encode_bf16",
     "encode_e2m1",
     "encode_e4m3",
+    "encode_e5m2",
     "encode_f16",
     "encode_int4",
     "find_tie",
@@ -108,12 +119,23 @@ __all__ = [
     "non_finite",
     "not_empty",
     "own_products",
+    "q2_k",
+    "q3_k",
+    "q4_0",
+    "q4_1",
+    "q4_k",
+    "q5_0",
+    "q5_1",
+    "q5_k",
+    "q6_k",
+    "q8_0",
     "quick_change",
     "scale_groups",
-    "scaled_parts",
     "spread_bytes",
-    "spread_runs",
     "tridiagonal",
     "trim",
+    "turned_eights",
+    "turned_fp4",
+    "turned_words",
     "weighted_sum",
 ]
