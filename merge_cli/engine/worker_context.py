@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.kernels.fused import StoredBlock, stored_starts
+from merge_cli.kernels.pieces import read_pieces
 from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
 
 _WIDEST = 8  # bytes of an element in the widest format
@@ -119,7 +119,7 @@ class Files:
         if type(tensor) is TensorRef:  # as a rule: no call between
             self.read_stored(clock, tensor, start, buffer)
             return
-        tensor.fill(partial(self.read_stored, clock), start, buffer)
+        tensor.fill(StoredRead(self, clock), start, buffer)
 
     def read_stored(
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
@@ -130,6 +130,20 @@ class Files:
         read_into(self.sources, ref.path, offset, buffer, ref.model)
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(buffer)
+
+    def read_pieces(self, clock: StageClock, ref: TensorRef, starts: Any, out: Any) -> None:
+        """Fill rows of bytes with what is stored from their starts on: `tensors.read_pieces`."""
+        began = time.perf_counter()
+        offsets = ref.offset + starts * width_of(ref.dtype)
+        try:
+            done = read_pieces(self.sources.fd(ref.path), offsets, out)
+        except OSError:
+            done = 0
+        for number in range(done, len(out)):  # the plain way says what is wrong
+            offset = int(offsets[number])
+            read_into(self.sources, ref.path, offset, out[number].data, ref.model)
+        clock.read += time.perf_counter() - began
+        clock.bytes_read += out.size
 
     def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
         began = time.perf_counter()
@@ -148,6 +162,20 @@ class Files:
         clock.write += time.perf_counter() - began
         clock.bytes_read += size
         clock.bytes_written += size
+
+
+@dataclass(frozen=True)
+class StoredRead:
+    """How computed tensors read what they are made of: a `tensors.BulkRead`."""
+
+    files: Files
+    clock: StageClock
+
+    def __call__(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        self.files.read_stored(self.clock, ref, start, buffer)
+
+    def pieces(self, ref: TensorRef, starts: Any, out: Any) -> None:
+        self.files.read_pieces(self.clock, ref, starts, out)
 
 
 class HostWorker:

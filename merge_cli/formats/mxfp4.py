@@ -131,8 +131,7 @@ class TransposedMxfp4(PackedTensor):
         first, last = start // width, -(-(start + len(out)) // width)
         raw = codes.columns(read, first // 2, -(-last // 2))
         exponents = scales.columns(read, first // MX_GROUP, -(-last // MX_GROUP))
-        powers = numbers_of("F8_E8M0")[exponents.T]
-        turned_fp4(raw, powers, MX_GROUP, first, last - first, start - first * width, out)
+        turned_fp4(raw, exponents, MX_GROUP, first, last - first, start - first * width, out)
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,30 @@ from merge_cli.kernels.backend import host_primitive
 
 
 @host_primitive
-def look_up(table: Any, codes: Any) -> Any:
+def look_up(table: Any, codes: Any, out: Any = None) -> Any:
     """The entry of each code.
 
     Args:
         table: numpy float32 [256], or uint64 [256] where an entry is two numbers.
         codes: numpy uint8, of any shape.
+        out: of the table's dtype and the codes' shape, contiguous; None for a new one.
 
     Returns:
-        of the table's dtype and the codes' shape.
+        `out`, filled.
     """
     import numpy as np
 
-    return np.take(table, codes)
+    return np.take(table, codes, out=out)
 
 
 @look_up.compiled
-def _look_up_compiled(table: Any, codes: Any) -> Any:
+def _look_up_compiled(table: Any, codes: Any, out: Any = None) -> Any:
     import numpy as np
 
     from merge_cli.kernels import compiled
 
-    out = np.empty(codes.shape, table.dtype)
+    if out is None:
+        out = np.empty(codes.shape, table.dtype)
     compiled.look_up(table, np.ascontiguousarray(codes).reshape(-1), out.reshape(-1))
     return out
 

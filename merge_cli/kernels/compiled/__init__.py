@@ -58,6 +58,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.pieces import read_pieces
 from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
@@ -130,6 +131,7 @@ __all__ = [
     "q6_k",
     "q8_0",
     "quick_change",
+    "read_pieces",
     "scale_groups",
     "spread_bytes",
     "tridiagonal",

@@ -85,6 +85,31 @@ class BitCast(Part):
         return f"{self._source} as {self._target}"
 
 
+class Foreign(Part):
+    """A function of the C library, which a kernel calls without a way through Python.
+
+    Args:
+        name: of the function.
+        result, arguments: numba's names of types.
+    """
+
+    def __init__(self, name: str, result: str, *arguments: str) -> None:
+        self._name, self._result, self._arguments = name, result, arguments
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba import types
+
+        arguments = [getattr(types, name) for name in self._arguments]
+        signature = getattr(types, self._result)(*arguments)
+        compiled: Callable[..., Any] = types.ExternalFunction(self._name, signature)
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return f"{self._result} {self._name}({', '.join(self._arguments)})"
+
+
 def _parts(function: Callable[..., Any]) -> dict[str, Part]:
     names = function.__globals__
     used = {name: names.get(name) for name in function.__code__.co_names}
