@@ -21,6 +21,8 @@ from merge_cli.kernels.quantise import largest_magnitude
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask
 
+_COPY = FusedForm([1.0])  # a tensor by itself, in one loop from its dtype to another
+
 
 class MergeExecutor:
     """Runs the plan's method; its methods are called by the pool's threads.
@@ -191,11 +193,16 @@ class MergeExecutor:
         """A copy of what is computed, or stored in another dtype."""
         worker = self._reader.pool.worker
         writer = writer_for(reader.task, worker, self._offsets, chunk.start, chunk.stop, largest)
-        stats = TensorStats()
-        for block in reader.range(chunk.start, chunk.stop):
-            self._check_finite(block, reader.task, stats)
-            if not writer.put(block.operands[0], block.at.start):
-                self._refuse_infinity(block.operands[0], reader.task, block)
+        stats, task = TensorStats(), reader.task
+        is_fused = self._streams.applies(task)
+        for start, stop in reader.block_ranges(chunk.start, chunk.stop):
+            if is_fused and self._merge_fused(_COPY, task, start, stop, None):
+                stats.add(TensorStats(non_finite=[0]))
+                continue
+            block = reader.block(start, stop)
+            self._check_finite(block, task, stats)
+            if not writer.put(block.operands[0], start):
+                self._refuse_infinity(block.operands[0], task, block)
         finished(chunk, stats)
 
     def _merge_chunk(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.kernels.fused import FORMATS, StoredBlock, stored_starts
+from merge_cli.kernels.pieces import read_pieces
 from merge_cli.kernels.streams import MergeStreams, Stored, StoredSpan
 from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
 
@@ -134,7 +135,7 @@ class Files:
         if type(tensor) is TensorRef:  # as a rule: no call between
             self.read_stored(clock, tensor, start, buffer)
             return
-        tensor.fill(partial(self.read_stored, clock), start, buffer)
+        tensor.fill(StoredRead(self, clock), start, buffer)
 
     def read_stored(
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
@@ -145,6 +146,20 @@ class Files:
         read_into(self.sources, ref.path, offset, buffer, ref.model)
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(buffer)
+
+    def read_pieces(self, clock: StageClock, ref: TensorRef, starts: Any, out: Any) -> None:
+        """Fill rows of bytes with what is stored from their starts on: `tensors.read_pieces`."""
+        began = time.perf_counter()
+        offsets = ref.offset + starts * width_of(ref.dtype)
+        try:
+            done = read_pieces(self.sources.fd(ref.path), offsets, out)
+        except OSError:
+            done = 0
+        for number in range(done, len(out)):  # the plain way says what is wrong
+            offset = int(offsets[number])
+            read_into(self.sources, ref.path, offset, out[number].data, ref.model)
+        clock.read += time.perf_counter() - began
+        clock.bytes_read += out.size
 
     def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
         began = time.perf_counter()
@@ -163,6 +178,20 @@ class Files:
         clock.write += time.perf_counter() - began
         clock.bytes_read += size
         clock.bytes_written += size
+
+
+@dataclass(frozen=True)
+class StoredRead:
+    """How computed tensors read what they are made of: a `tensors.BulkRead`."""
+
+    files: Files
+    clock: StageClock
+
+    def __call__(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        self.files.read_stored(self.clock, ref, start, buffer)
+
+    def pieces(self, ref: TensorRef, starts: Any, out: Any) -> None:
+        self.files.read_pieces(self.clock, ref, starts, out)
 
 
 class HostWorker:
@@ -193,7 +222,7 @@ class HostWorker:
         rows = np.empty((len(refs) - base, size), np.float32)
         base_values = np.empty(size, np.float32) if base else None
         formats = {ref.dtype for ref in refs}
-        if len(formats) == 1:
+        if len(formats) == 1 and "F32" not in formats:
             (dtype,) = formats
             raw = self._raw(len(refs), size, dtype)
             for stored, ref in zip(raw, refs, strict=True):
@@ -204,7 +233,9 @@ class HostWorker:
         finite = True
         targets = [base_values, *rows] if base else list(rows)
         for ref, target in zip(refs, targets, strict=True):
-            stored = self._raw(1, size, ref.dtype)[0]
+            # float32 comes as it is computed with: right to where it belongs.
+            is_wide = ref.dtype == "F32"
+            stored = target.view(np.uint8) if is_wide else self._raw(1, size, ref.dtype)[0]
             self._files.read(self.clock, ref, start, stored.data)
             finite &= decode_row(stored, ref.dtype, target)
         if base_values is not None and deltas:

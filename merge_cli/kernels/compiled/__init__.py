@@ -8,18 +8,26 @@ over chunks that stay in the L1 cache where several passes follow one another. I
 start at 0, or the compiler looks out for negative ones.
 """
 
-from merge_cli.kernels.compiled.codes import (
-    look_up,
-    scale_groups,
-    scaled_parts,
-    spread_bytes,
-    spread_runs,
+from merge_cli.kernels.compiled.blocks import (
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
 )
+from merge_cli.kernels.compiled.codes import look_up, scale_groups, spread_bytes
 from merge_cli.kernels.compiled.election import disjoint_mean
 from merge_cli.kernels.compiled.encoders import (
     block_largest,
+    encode_affine,
     encode_e2m1,
     encode_e4m3,
+    encode_e5m2,
     encode_int4,
     group_extremes,
 )
@@ -52,6 +60,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.pieces import read_pieces
 from merge_cli.kernels.compiled.ranks import kth_largest, rank_stored
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
@@ -70,6 +79,7 @@ from merge_cli.kernels.compiled.sums import (
     weighted_sum,
 )
 from merge_cli.kernels.compiled.tiles import BF16, COUNT, F16, FLOAT32, NOTHING, WEIGHTS
+from merge_cli.kernels.compiled.turned import turned_eights, turned_fp4, turned_words
 
 __all__ = [
     "BF16",
@@ -101,9 +111,11 @@ __all__ = [
     "dot_stream",
     "drop",
     "eigenvalues",
+    "encode_affine",
     "encode_bf16",
     "encode_e2m1",
     "encode_e4m3",
+    "encode_e5m2",
     "encode_f16",
     "encode_int4",
     "find_stored",
@@ -123,14 +135,26 @@ __all__ = [
     "non_finite",
     "not_empty",
     "own_products",
+    "q2_k",
+    "q3_k",
+    "q4_0",
+    "q4_1",
+    "q4_k",
+    "q5_0",
+    "q5_1",
+    "q5_k",
+    "q6_k",
+    "q8_0",
     "quick_change",
     "rank_stored",
+    "read_pieces",
     "sample_stream",
     "scale_groups",
-    "scaled_parts",
     "spread_bytes",
-    "spread_runs",
     "tridiagonal",
     "trim",
+    "turned_eights",
+    "turned_fp4",
+    "turned_words",
     "weighted_sum",
 ]
