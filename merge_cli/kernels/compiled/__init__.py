@@ -50,9 +50,15 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.products import (
+    combine_rows,
+    gram_product,
+    orthonormalise,
+    project_rows,
+)
 from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
-from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
+from merge_cli.kernels.compiled.singular import eigenvalues, own_products, reflect, tridiagonal
 from merge_cli.kernels.compiled.sums import (
     absolute_runs,
     add_scaled,
@@ -76,6 +82,7 @@ __all__ = [
     "add_scaled",
     "available",
     "block_largest",
+    "combine_rows",
     "count_kept",
     "count_keys",
     "count_masked",
@@ -97,6 +104,7 @@ __all__ = [
     "encode_int4",
     "find_tie",
     "gram",
+    "gram_product",
     "group_extremes",
     "key_of_rank",
     "kth_largest",
@@ -107,8 +115,11 @@ __all__ = [
     "merge_linear",
     "non_finite",
     "not_empty",
+    "orthonormalise",
     "own_products",
+    "project_rows",
     "quick_change",
+    "reflect",
     "scale_groups",
     "scaled_parts",
     "spread_bytes",
