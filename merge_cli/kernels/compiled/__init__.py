@@ -61,9 +61,15 @@ from merge_cli.kernels.compiled.magnitudes import (
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
 from merge_cli.kernels.compiled.pieces import read_pieces
+from merge_cli.kernels.compiled.products import (
+    combine_rows,
+    gram_product,
+    orthonormalise,
+    project_rows,
+)
 from merge_cli.kernels.compiled.ranks import kth_largest, rank_stored
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
-from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
+from merge_cli.kernels.compiled.singular import eigenvalues, own_products, reflect, tridiagonal
 from merge_cli.kernels.compiled.streams import (
     count_stream,
     dot_stream,
@@ -95,6 +101,7 @@ __all__ = [
     "add_scaled",
     "available",
     "block_largest",
+    "combine_rows",
     "count_kept",
     "count_keys",
     "count_masked",
@@ -122,6 +129,7 @@ __all__ = [
     "find_stream",
     "find_tie",
     "gram",
+    "gram_product",
     "group_extremes",
     "key_of_rank",
     "keys_stored",
@@ -134,7 +142,9 @@ __all__ = [
     "merge_streams",
     "non_finite",
     "not_empty",
+    "orthonormalise",
     "own_products",
+    "project_rows",
     "q2_k",
     "q3_k",
     "q4_0",
@@ -149,6 +159,7 @@ __all__ = [
     "rank_stored",
     "read_pieces",
     "sample_stream",
+    "reflect",
     "scale_groups",
     "spread_bytes",
     "tridiagonal",
