@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -22,10 +24,10 @@ def test_products_are_numpys(rows: int, columns: int, count: int, seed: int, kin
     right = generator.normal(size=(count, columns)).astype(kind)
     combined, projected = left.astype("f8") @ matrix, right.astype("f8") @ matrix.T
     tolerance = 1e-5 if kind == "f4" else 1e-13
-    close = {"rtol": tolerance, "atol": 10 * tolerance}
+    close = partial(np.testing.assert_allclose, rtol=tolerance, atol=10 * tolerance)
     for form in (matrix, torch.from_numpy(matrix)):
-        np.testing.assert_allclose(matrices.combine_rows(form, left), combined, **close)
-        np.testing.assert_allclose(matrices.project_rows(form, right), projected, **close)
+        close(matrices.combine_rows(form, left), combined)
+        close(matrices.project_rows(form, right), projected)
     assert matrices.combine_rows(matrix, left).dtype == kind
     assert matrices.project_rows(matrix, right).dtype == "f8"
 
