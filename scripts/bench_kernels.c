@@ -525,7 +525,8 @@ i64 own_products(MATRIX(double, a), MATRIX(double, out)) {
     return 0;
 }
 
-i64 tridiagonal(MATRIX(double, s), ARRAY(double, diagonal), ARRAY(double, off)) {
+i64 tridiagonal(MATRIX(double, s), ARRAY(double, diagonal), ARRAY(double, off),
+                MATRIX(double, reflectors)) { /* none are kept */
     i64 n = s_n;
     double *v = calloc(n, sizeof(double)), *w = calloc(n, sizeof(double));
     for (i64 k = 0; k < n - 2; k++) {
@@ -564,7 +565,7 @@ i64 tridiagonal(MATRIX(double, s), ARRAY(double, diagonal), ARRAY(double, off)) 
     return 0;
 }
 
-i64 eigenvalues(ARRAY(double, d), ARRAY(double, e)) {
+i64 eigenvalues(ARRAY(double, d), ARRAY(double, e), MATRIX(double, rows)) { /* none are turned */
     double largest = 0.0, tolerance;
     for (i64 i = 0; i < d_n; i++) largest = MAX(largest, fabs(d[i]) + fabs(e[i]));
     tolerance = 0x1p-52 * largest;

@@ -143,9 +143,9 @@ def cases(size: int) -> list[Case]:
               np.zeros(2, np.int64), moved=16),
         ready("own_products", square, np.empty((64, 64)), moved=8, elements=square.size,
               exact=False, note="64 x 512, float64"),
-        ready("tridiagonal", own, np.empty(64), np.empty(64), moved=8, elements=own.size,
-              exact=False, used_up=(0,), note="64 x 64, float64"),
-        ready("eigenvalues", diagonal, off, moved=8, elements=64, exact=False,
+        ready("tridiagonal", own, np.empty(64), np.empty(64), np.empty((0, 64)), moved=8,
+              elements=own.size, exact=False, used_up=(0,), note="64 x 64, float64"),
+        ready("eigenvalues", diagonal, off, np.empty((64, 0)), moved=8, elements=64, exact=False,
               note="64, float64"),
     ]  # fmt: skip
     found += code_cases(base[: size // 256 * 256])

@@ -9,7 +9,7 @@ Matrices are decomposed one after another, so that memory depends on the largest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,8 @@ def extract_lora(
         finally:
             adapter.close()
         model_bytes = sum(task.operands[0].nbytes for task in plan.tasks)
-        extracted = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), plan.notes)
+        notes = (*plan.notes, *_rank_notes(cut, shapes))
+        extracted = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), notes)
         (folder / "README.md").write_text(extraction_card(plan, extracted, cut), encoding="utf-8")
     return extracted
 
@@ -166,6 +167,13 @@ def _cut(rank: int | None, energy: float | None) -> RankTruncation:
             f"an energy of {energy} is not possible", hint="Give a share above 0 and up to 1."
         )
     return RankTruncation(RANK if rank is None and energy is None else rank, energy)
+
+
+def _rank_notes(cut: RankTruncation, shapes: Sequence[Sequence[int]]) -> Iterator[str]:
+    """That a rank is larger than any matrix has: then nothing is saved by factors."""
+    largest = max((min(shape) for shape in shapes), default=0)
+    if cut.rank is not None and largest and cut.rank > largest:
+        yield f"no matrix has more than rank {largest}: --rank {cut.rank} cuts nothing off"
 
 
 def _keep_whole(

@@ -18,6 +18,7 @@ from typing import Any
 from merge_cli.adapters.experts import ExpertStacks
 from merge_cli.adapters.factors import Factors, RankTruncation, factorise, needs_torch, recombine
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, merge_card
+from merge_cli.adapters.kept_changes import ChangeCache
 from merge_cli.adapters.threads import threads_for
 from merge_cli.checkpoint.tensors import Read, reading
 from merge_cli.engine.device import choose_device
@@ -37,6 +38,9 @@ from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.resolve import arguments
 from merge_cli.report.write import resolved_recipe
 from merge_cli.system.libraries import require
+from merge_cli.system.machine import free_memory
+
+_KEPT_SHARE = 0.25  # of the free memory: for changes that a method reads several times
 
 
 def merge_adapters(
@@ -155,16 +159,20 @@ def _matrices(
     def take(task: TensorTask, raw: Any) -> None:
         matrix = np.asarray(raw).view(np.float32).reshape(task.shape)
         factors[task.name] = factorise(matrix, cut, device_name)
+        cache.drop(task)
 
     shapes = [task.shape for task in plan.tasks]
     arithmetic = "torch" if needs_torch(shapes, cut, device_name) else "compiled"
     if arithmetic == "torch":
         require("torch", "merging adapters")
-    count = threads_for(shapes, options.threads)
-    merger = InMemoryMerger(plan, files, device, replace(options, threads=count), "disk")
+    cache = ChangeCache(int(free_memory() * _KEPT_SHARE))
+    tasks = cache.wrapped(plan.tasks)
+    count = threads_for(shapes, options.threads, kept=max(len(task.operands) for task in tasks))
+    options = replace(options, threads=count)
+    merger = InMemoryMerger(replace(plan, tasks=tasks), files, device, options, "disk")
     try:
         with one_torch_thread(device, arithmetic):
-            merger.merge(plan.tasks, range(len(plan.tasks)), take)
+            merger.merge(tasks, range(len(tasks)), take)
     finally:
         merger.close()
         files.close()

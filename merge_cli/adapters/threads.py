@@ -15,17 +15,24 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def threads_for(shapes: Iterable[Sequence[int]], requested: int | None = None) -> int:
+def threads_for(
+    shapes: Iterable[Sequence[int]], requested: int | None = None, kept: int = 0
+) -> int:
     """How many threads can each decompose the largest matrix, at most one for each core.
 
     Args:
         shapes: of the matrices [rows, columns].
         requested: threads, instead of one for each core.
+        kept: further matrices in float32 that each thread works with.
     """
     # The matrix and what it is made of in float32; its Gram matrix, vectors and workspace in
     # float64.
     bytes_each = max(
-        (8 * rows * columns + 32 * min(rows, columns) ** 2 for rows, columns in shapes), default=1
+        (
+            (8 + 4 * kept) * rows * columns + 32 * min(rows, columns) ** 2
+            for rows, columns in shapes
+        ),
+        default=1,
     )
     fitting = int(free_memory() * _MEMORY_SHARE) // bytes_each
     return max(1, min(requested or usable_cores(), fitting))

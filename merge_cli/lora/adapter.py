@@ -18,7 +18,7 @@ from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
-from merge_cli.recipe.reference import hub_id, is_address, local_folder
+from merge_cli.recipe.reference import ModelRef, hub_id, is_address, local_folder
 from merge_cli.remote.models import RemoteModel, open_remote
 
 WEIGHTS = "adapter_model.safetensors"
@@ -101,6 +101,21 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
     fingerprint = f"{status.st_size} {status.st_mtime_ns}"
     config = read_config(root / CONFIG, label)
     return Adapter(root, config, tensors, raw, fingerprint, fingerprints=fingerprints)
+
+
+def open_alone(reference: ModelRef, folder: Path) -> Adapter:
+    """The adapter that a recipe names, with or without a model, which is not looked at.
+
+    Args:
+        folder: where relative paths start.
+
+    Raises:
+        as `open_adapter`.
+    """
+    path, revision = reference.path, reference.revision
+    if reference.lora:
+        path, revision = reference.lora, reference.lora_revision
+    return open_adapter(path, revision, folder, str(reference))
 
 
 def _open_elsewhere(repo: Repository, label: str) -> Adapter:

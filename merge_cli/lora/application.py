@@ -25,6 +25,8 @@ from merge_cli.lora.replacements import replace_tensors
 from merge_cli.lora.targets import Targets
 from merge_cli.lora.update import contradictions
 
+_BASE = "base_model_name_or_path"  # of the adapter's config
+
 
 @dataclass(frozen=True)
 class AppliedAdapter:
@@ -81,7 +83,10 @@ def apply_adapter(
     changed = update_layers(draft, targets, context) | update_experts(draft, targets, context)
     _match_rows(draft, targets, tensors)
     if draft.problems:
-        raise MismatchError(draft.problems, "the adapter does not fit its model")
+        message, trained_on = "the adapter does not fit its model", config.get(_BASE)
+        if isinstance(trained_on, str) and trained_on:
+            message += f"; it says that it was trained on {trained_on}"
+        raise MismatchError(draft.problems, message)
     notes = [f"the adapter changes {len(changed)} tensors (rank {_ranks(targets, config)})"]
     notes = notes if changed else []
     if replaced:

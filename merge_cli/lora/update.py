@@ -86,7 +86,8 @@ class UpdatedTensor(Float32):
         rows = read_numbers(read, self.weight, first * columns, (last - first) * columns)
         rows = rows.reshape(last - first, columns)
         update = low_rank_product(self._left(read, first, last), self._right(read))
-        rows += np.float32(self.scale) * update
+        update *= np.float32(self.scale)
+        rows += update
         if self.magnitude is not None:
             magnitudes = read_numbers(read, self.magnitude, first, last - first)
             # The length of each row by itself, in float64: it depends on no other row.

@@ -15,7 +15,7 @@ from dataclasses import replace
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
 from merge_cli.checkpoint.tensors import Tensor, Zeros
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError
-from merge_cli.lora.adapter import WEIGHTS, Adapter, open_adapter
+from merge_cli.lora.adapter import WEIGHTS, Adapter, open_alone
 from merge_cli.lora.changes import LowRank, changes_of, embeddings_of, experts_of
 from merge_cli.lora.expert_factors import PatchedTensor
 from merge_cli.lora.expert_updates import is_newer
@@ -45,11 +45,8 @@ def plan_adapters(recipe: Recipe) -> Plan:
     errors: list[MergeCliError] = []
     for spec in recipe.models:
         label = str(spec.model)
-        path, revision = spec.model.path, spec.model.revision
-        if spec.model.lora:  # the model beside it is not looked at
-            path, revision = spec.model.lora, spec.model.lora_revision
         try:
-            adapters[label] = open_adapter(path, revision, recipe.folder, label)
+            adapters[label] = open_alone(spec.model, recipe.folder)
         except SourceError as error:
             errors.append(error)
     if errors:

@@ -12,6 +12,7 @@ from merge_cli.errors import (
     SourceError,
 )
 from merge_cli.formats.detect import advice
+from merge_cli.lora.adapter import open_alone
 from merge_cli.recipe.reference import ModelRef, local_folder
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.opening import open_source
@@ -90,9 +91,17 @@ def unopenable(recipe: Recipe) -> Iterator[Problem]:
             if not here or str(reference) in documents:
                 continue
             try:
-                open_source(reference, document.folder)
+                _open(document, reference)
             except SourceError as error:
                 yield document.problem(_key(document, reference), str(error))
+
+
+def _open(recipe: Recipe, reference: ModelRef) -> None:
+    """Open a model, or in a merge of adapters an adapter: their base is not read."""
+    if recipe.output is None:
+        open_source(reference, recipe.folder)
+    elif any(spec.model == reference for spec in recipe.models):
+        open_alone(reference, recipe.folder)
 
 
 def _key(recipe: Recipe, reference: ModelRef) -> str:

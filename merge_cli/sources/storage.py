@@ -180,7 +180,8 @@ def find_shards(
         return shards, None
     if any(name.startswith("adapter_") for name in names):
         message = "this is a LoRA adapter, not a model"
-        raise SourceError(message, model=label, hint=f"Name its base, too: `BASE+{label}`.")
+        hint = f"Name its base, too: `BASE+{label}`. Or merge adapters alone: `output: adapter`."
+        raise SourceError(message, model=label, hint=hint)
     pickled = sorted(name for name in names if name.endswith(PICKLES))
     if pickled:
         message = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"

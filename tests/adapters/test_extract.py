@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import merge_cli
 from merge_cli.adapters import threads
 from merge_cli.adapters.factors import RankTruncation, factorise, recombine
-from merge_cli.errors import MergeCliError, MismatchError, UsageError
+from merge_cli.errors import MergeCliError, MismatchError, NonFiniteError, UsageError
 from merge_cli.options import MergeOptions
 from tests.support.adapters import gpt2, gpt_oss, llama, mixtral
 from tests.support.command import cli
@@ -211,6 +211,22 @@ def test_energy_chooses_a_rank_for_each_layer(tmp_path: Path) -> None:
         assert rank is not None
         assert held >= 0.8 - 1e-5 > values[: rank - 1].sum() / values.sum()
     assert 0.8 <= found.share < 0.95
+
+
+def test_a_rank_above_all_and_numbers_that_are_none_are_said(tmp_path: Path) -> None:
+    tune(tmp_path, llama)
+    folders = {"base": tmp_path / "base"}
+    extracted = merge_cli.extract_lora(tmp_path / "tuned", tmp_path / "all", rank=99, **folders)
+    assert "no matrix has more than rank 16: --rank 99 cuts nothing off" in extracted.notes
+    from safetensors.torch import save_file
+
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj") as caught:
+        merge_cli.extract_lora(tmp_path / "tuned", tmp_path / "none", **folders)
+    assert "--exclude" in str(caught.value)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:

@@ -261,6 +261,17 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         merge_cli.load_recipe(path)
 
 
+def test_a_misspelt_cut_is_the_only_thing_that_is_wrong(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(tmp_path, llama, number, r=2, target_modules=["q_proj"])
+    path = recipe(tmp_path, "ties", output={"adapter": {"ranc": 4}})
+    with pytest.raises(RecipeError) as caught:
+        merge_cli.plan(path)
+    (problem,) = caught.value.problems
+    assert problem.key == "output.adapter.ranc"
+    assert "Did you mean 'rank'?" in str(problem)
+
+
 def test_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     for number in (1, 2):
         write(tmp_path, llama, number, r=4, target_modules=LINEAR)
