@@ -81,9 +81,12 @@ def connected(address: str) -> Iterator[Any]:
                 include_dashboard=False if address == "local" else None,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
+        if address == "auto" and isinstance(error, ConnectionError):
+            message = "no Ray cluster runs on this machine, and RAY_ADDRESS names none"
+            raise ResourceError(message, hint=_HINT) from error
         message = f"no Ray cluster can be reached at '{address}': {reason(error)}"
         hint = "Both need the same Ray and Python, and the cluster's token if it has one."
-        raise ResourceError(message, hint=_HINT if address == "auto" else hint) from error
+        raise ResourceError(message, hint=hint) from error
     try:
         yield ray
     finally:

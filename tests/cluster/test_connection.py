@@ -85,6 +85,20 @@ def test_auto_is_the_address_of_the_environment(
         pass
 
 
+def test_no_cluster_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own words are of flags that are not ours."""
+    ray = pytest.importorskip("ray")
+
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Please specify --address.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ResourceError, match="no Ray cluster runs on this machine, and RAY_ADD"):
+        connected("auto").__enter__()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
