@@ -54,8 +54,9 @@ def main() -> None:
     with np.errstate(all="ignore"):
         for kind in BLOCK_TYPES.values():
             if not kind.dtype:
-                raw = noise(NUMBERS // kind.elements, kind.nbytes)
-                show(f"GGUF {kind.name}", lambda k=kind, r=raw: k.decode(r), NUMBERS)
+                raw, out = noise(NUMBERS // kind.elements, kind.nbytes), floats(NUMBERS)
+                numbers = out.reshape(-1, kind.elements)
+                show(f"GGUF {kind.name}", lambda k=kind, r=raw, n=numbers: k.decode(r, n), NUMBERS)
     codes = noise(32, NUMBERS // 64)
     show("codes of 4 bits", lambda: unpack(codes, 4), NUMBERS)
     show("E2M1", lambda: fp4_numbers(codes), NUMBERS)

@@ -5,13 +5,14 @@
     python scripts/bench_kernels.py --instructions              # under valgrind: instructions, too
     python scripts/bench_kernels.py --json kernels.json
 
-The twins are bench_kernels.c, built here by gcc -O3 -march=native -ffp-contract=off into --work. A
-kernel and its twin get copies of the same arrays; what they return and write is compared, bit for
-bit but for the sums whose order is free (`~` in the table). Then they take turns, in the opposite
-order every second round. Times are CPU seconds of the thread: other work on the machine hardly
-moves them. ns and share are of the median round, "ours / C" is the median of the rounds' ratios.
-The share of bandwidth is bytes read and written over those of a large copy, measured in this run;
-blocks lie in the L3 cache, so that it may be above 1. Primitives without a twin are listed.
+The twins are bench_kernels.c and bench_codes.c, built here by gcc -O3 -march=native
+-ffp-contract=off into --work. A kernel and its twin get copies of the same arrays; what they return
+and write is compared, bit for bit but for the sums whose order is free (`~` in the table). Then
+they take turns, in the opposite order every second round. Times are CPU seconds of the thread:
+other work on the machine hardly moves them. ns and share are of the median round, "ours / C" is the
+median of the rounds' ratios. The share of bandwidth is bytes read and written over those of a large
+copy, measured in this run; blocks lie in the L3 cache, so that it may be above 1. Primitives
+without a twin are listed.
 
 Instructions are counted by callgrind in a process of its own, which knows no AVX-512: kernels and
 twins are compiled for AVX2 there, and without valgrind and its headers the column stays empty.
@@ -46,6 +47,7 @@ SCRIPTS = Path(__file__).resolve().parent
 F32, U32 = np.float32, np.uint32
 _FLAGS = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]
 _SECONDS = 0.1  # of each measurement
+_UNMEASURED = ("read_pieces",)  # system calls, which are the same from C
 _CALLGRIND = """
 #include <valgrind/callgrind.h>
 void count_on(void) { CALLGRIND_ZERO_STATS; CALLGRIND_TOGGLE_COLLECT; }
@@ -146,6 +148,7 @@ def cases(size: int) -> list[Case]:
         ready("eigenvalues", diagonal, off, moved=8, elements=64, exact=False,
               note="64, float64"),
     ]  # fmt: skip
+    found += code_cases(base[: size // 256 * 256])
     return found + stored_cases(halves, base, weights, masks, cut, (low, high, shift))
 
 
@@ -153,7 +156,79 @@ def without_twin() -> list[str]:
     """Primitives that no case measures."""
     measured = {case.kernel for case in cases(65_536)}
     kernels = {n for n in compiled.__all__ if isinstance(getattr(compiled, n), compiled.Kernel)}
-    return sorted(kernels - measured)
+    return sorted(kernels - measured - {*_UNMEASURED})
+
+
+_BLOCKS = {"q8_0": 34, "q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q2_k": 84, "q3_k": 110,
+           "q4_k": 144, "q5_k": 176, "q6_k": 210}  # bytes of a block  # fmt: skip
+
+
+def code_cases(values: Any) -> list[Case]:
+    """Codes of few bits to numbers, and back."""
+    rng, size = np.random.default_rng(1), len(values)
+    out = np.empty(size, F32)
+
+    def noise(*shape: int) -> Any:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+
+    def ready(name: str, *arguments: Any, moved: float, note: str = "") -> Case:
+        return Case(name, name, arguments, size, moved, note=note)
+
+    rows, narrow = values.reshape(-1, 256), values.reshape(-1, 32)
+    blocks = np.abs(rows).max(1, keepdims=True) / F32(448)
+    scales = np.abs(narrow).max(1) / F32(6)
+    flat, wide = np.empty(len(narrow), F32), np.empty((len(rows), 1), F32)
+    bytes_of, halves = np.empty(rows.shape, np.uint8), np.empty((len(narrow), 16), np.uint8)
+    steps = (narrow.max(1) - narrow.min(1)) / F32(15)
+    found = [
+        ready("block_largest", rows, 1, 256, wide, moved=4, note="blocks of 256"),
+        ready("encode_e4m3", rows, 1, 256, blocks, bytes_of, moved=5, note="blocks of 256"),
+        ready("encode_e5m2", rows, 1, 256, blocks, bytes_of, moved=5, note="blocks of 256"),
+        ready("group_extremes", narrow, flat, flat.copy(), moved=4, note="groups of 32"),
+        ready("encode_e2m1", narrow, scales, halves, moved=4.5, note="groups of 32"),
+        ready("encode_int4", narrow, scales, np.zeros_like(scales), halves, moved=4.5,
+              note="groups of 32"),
+        ready("encode_affine", narrow, steps, narrow.min(1), F32(15), bytes_of.reshape(-1, 32),
+              moved=5, note="groups of 32"),
+        ready("look_up", values[:256].copy(), noise(size), out, moved=5, note="float32"),
+        ready("spread_bytes", noise(size // 2), 4, np.empty(size, np.uint8), moved=1.5,
+              note="4 bits"),
+        ready("scale_groups", rows.copy(), np.ones((len(rows), 8), F32), moved=8,
+              note="groups of 32"),
+    ]  # fmt: skip
+    for name, width in _BLOCKS.items():
+        elements = 256 if name.endswith("k") else 32
+        # Bytes so small are finite numbers wherever a block has a float16.
+        raw = noise(size // elements, width) % 0x30
+        numbers = out.reshape(-1, elements)
+        found.append(ready(name, raw, numbers, moved=4 + width / elements))
+    return found + turned_cases(size, out)
+
+
+def turned_cases(size: int, out: Any) -> list[Case]:
+    """Strips of GPTQ, AWQ and MXFP4: 4,096 inputs, or 2,880 outputs, of which a block is cut."""
+    rng = np.random.default_rng(2)
+    rows = max(8, size // 4096 // 8 * 8)
+    numbers = out[: rows * 4096]
+    words = rng.integers(0, 2**32, (512, rows), dtype=np.uint64).astype(U32).reshape(-1)
+    eights = rng.integers(0, 2**32, (4096, rows // 8), dtype=np.uint64).astype(U32).reshape(-1)
+    zeros, scales = np.full((rows, 32), 8, F32), rng.random((rows, 32), F32)
+    shifts = np.array((0, 16, 4, 20, 8, 24, 12, 28), U32)
+    width = 2880
+    high = max(2, size // width // 2 * 2)
+    raw = rng.integers(0, 256, width * high // 2, dtype=np.uint8)
+    exponents = rng.integers(115, 122, (width, -(-high // 32)), dtype=np.uint8)
+    columns = out[: high * width]
+    groups = zeros, scales, 128
+    return [
+        Case("turned_words", "turned_words",
+             (words, rows, 512, 4, *groups, 0, numbers), len(numbers), 4.5),
+        Case("turned_eights", "turned_eights",
+             (eights, rows // 8, 4096, shifts, *groups, 0, 0, numbers), len(numbers), 4.5),
+        Case("turned_fp4", "turned_fp4",
+             (raw, high // 2, width, high // 2, exponents, 32, 0, high, 0, columns), len(columns),
+             4.5),
+    ]  # fmt: skip
 
 
 def stored_cases(
@@ -205,8 +280,8 @@ def stored_cases(
 def build(work: Path, architecture: str) -> ctypes.CDLL:
     """The twins, compiled by gcc."""
     library = work / f"kernels-{architecture}.so"
-    source = SCRIPTS / "bench_kernels.c"
-    command = ["gcc", *_FLAGS, f"-march={architecture}", str(source), "-o", str(library), "-lm"]
+    sources = [str(SCRIPTS / name) for name in ("bench_kernels.c", "bench_codes.c")]
+    command = ["gcc", *_FLAGS, f"-march={architecture}", *sources, "-o", str(library), "-lm"]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = (
+    "tests.support.compiled",
     "tests.support.hub_server",
     "tests.support.stores",
     "tests.support.coverage_summary",

@@ -9,24 +9,26 @@ Matrices are decomposed one after another, so that memory depends on the largest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merge_cli.adapters.differences import ChangeReader
 from merge_cli.adapters.experts import NEWEST, ExpertStacks
+from merge_cli.adapters.extracted import ExtractedAdapter, ModuleChange
 from merge_cli.adapters.factors import (
     Factors,
     RankTruncation,
     factorise,
-    in_threads,
-    sum_of_squares,
-    threads_for,
+    needs_torch,
 )
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, extraction_card
 from merge_cli.adapters.known_modules import KnownModules, known_modules
 from merge_cli.adapters.pair import ExpertMatrix, ModuleMap, ModuleParameter, plan_pair
-from merge_cli.checkpoint.tensors import Read, read_numbers, reading
+from merge_cli.adapters.selection import Selection, selected_experts
+from merge_cli.adapters.threads import in_threads, threads_for
+from merge_cli.checkpoint.tensors import reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.memory import keep_freed_memory
@@ -35,71 +37,9 @@ from merge_cli.engine.pool import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
 from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan, TensorTask
-from merge_cli.recipe.values import matches
 from merge_cli.system.libraries import require
 
 RANK = 32  # where neither rank nor energy is given
-_BLOCK = 2**17  # elements that are read at once: they stay in the cache
-
-
-@dataclass(frozen=True)
-class ModuleChange:
-    """How much of one tensor's change the adapter holds.
-
-    Attributes:
-        squares: the sum of squares of the change.
-        share: the part of it that the adapter holds.
-        rank: of its factors; None where the tensor is saved in full (1.0) or left out (0.0).
-        why: the reason for leaving it out.
-    """
-
-    name: str
-    squares: float
-    share: float
-    rank: int | None = None
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class ExtractedAdapter:
-    """A finished adapter.
-
-    Attributes:
-        bytes: of its weights; `model_bytes` are those of the fine-tune.
-        changes: of every tensor that has changed.
-    """
-
-    path: Path
-    bytes: int
-    model_bytes: int
-    changes: tuple[ModuleChange, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def share(self) -> float:
-        """The part of the complete change's sum of squares that the adapter holds."""
-        total = sum(change.squares for change in self.changes)
-        held = sum(change.share * change.squares for change in self.changes)
-        return held / total if total else 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "bytes": self.bytes,
-            "model_bytes": self.model_bytes,
-            "share": self.share,
-            "notes": list(self.notes),
-            "changes": [
-                {
-                    "name": c.name,
-                    "squares": c.squares,
-                    "share": c.share,
-                    "rank": c.rank,
-                    **({"why": c.why} if c.why else {}),
-                }
-                for c in self.changes
-            ],
-        }
 
 
 def extract_lora(
@@ -136,7 +76,6 @@ def extract_lora(
         SourceError, MismatchError: models that cannot be opened, or do not fit one another.
         ResourceError: not enough memory or disk; no such device; no torch.
     """
-    require("torch", "extracting an adapter")
     cut = _cut(rank, energy)
     plan = plan_pair(str(model), str(base))
     on_progress = on_progress or ignore_progress
@@ -147,9 +86,9 @@ def extract_lora(
     modules = known_modules(source.config, stored) or ModuleMap(source)
     parameters = modules.parameters(stored)
     transposed = any(parameter.kind == "conv1d" for parameter in parameters.values())
-    selection = _Selection(tuple(include), tuple(exclude), transposed, embeddings)
+    selection = Selection(tuple(include), tuple(exclude), transposed, embeddings)
     tasks = {task.name: task for task in plan.tasks}
-    experts = _experts(modules, tasks, selection)
+    experts = selected_experts(modules, tasks, selection)
     expert_tensors = {name for part in experts for name in part.tensors}
     selection = replace(selection, stacks=frozenset(part.position.module for part in experts))
     jobs: list[TensorTask | ExpertMatrix] = [t for t in plan.tasks if t.name not in expert_tensors]
@@ -159,14 +98,18 @@ def extract_lora(
 
     def decompose(task: TensorTask | ExpertMatrix) -> Factors | float | None:
         if isinstance(task, ExpertMatrix):
-            return factorise(_change_of_expert(task, tasks, read), cut, device_name)
+            return factorise(change.expert(task, tasks), cut, device_name)
         if selection.factors(task, parameters.get(task.name)):
-            return factorise(_change(task, read), cut, device_name)
-        return _squares(task, read)
+            return factorise(change.matrix(task), cut, device_name)
+        return change.squares(task)
 
     keep_freed_memory()
-    shapes = [task.shape for task in plan.tasks if len(task.shape) == 2]
-    count = threads_for([*shapes, *(part.position.shape for part in experts)])
+    shapes = [t.shape for t in plan.tasks if selection.factors(t, parameters.get(t.name))]
+    shapes += [part.position.shape for part in experts]
+    arithmetic = "torch" if needs_torch(shapes, cut, device_name) else "compiled"
+    if arithmetic == "torch":
+        require("torch", "extracting an adapter")
+    count = threads_for(shapes)
     with (
         adapter_output(
             Path(out),
@@ -175,11 +118,12 @@ def extract_lora(
             inputs=inputs_of(plan),
             fresh=fresh,
         ) as folder,
-        one_torch_thread(devices, "torch"),
+        one_torch_thread(devices, arithmetic),
         memory_errors(resumes=False),
         reading() as read,
         in_threads(decompose, jobs, 1 if devices.indexes else count) as outcomes,
     ):
+        change = ChangeReader(read)
         adapter = AdapterFolder(folder, transposed=transposed)
         stacks = ExpertStacks(adapter, {part.name: part.position for part in experts})
         try:
@@ -222,111 +166,6 @@ def _cut(rank: int | None, energy: float | None) -> RankTruncation:
             f"an energy of {energy} is not possible", hint="Give a share above 0 and up to 1."
         )
     return RankTruncation(RANK if rank is None and energy is None else rank, energy)
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """Decides what becomes factors, what is saved in full, and what is left out."""
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    transposed: bool
-    embeddings: bool
-    stacks: frozenset[str] = frozenset()  # modules whose experts get factors
-
-    def why_left_out(self, task: TensorTask, parameter: ModuleParameter | None) -> str:
-        """Why a tensor's change is not in the adapter; empty where it is."""
-        if any(matches(pattern, task.name) for pattern in self.exclude):
-            return "excluded"
-        if parameter is None:
-            return "transformers holds it in another form"
-        if parameter.module in self.stacks:
-            return "in a module whose experts have factors: PEFT keeps nothing else there"
-        if parameter.kind == "embedding":
-            return "" if self.embeddings else "an embedding: --embeddings gives it factors"
-        if parameter.kind == "inner":
-            return "a parameter of a module that is no layer"
-        linear = parameter.kind in ("linear", "conv1d")
-        if linear and parameter.name == "weight":
-            if self.transposed and parameter.kind == "linear":
-                return "stored [out, in], in a model whose layers are stored [in, out]"
-            if self.include and not any(matches(p, task.name) for p in self.include):
-                return "not included"
-        return ""
-
-    def takes(self, names: Sequence[str]) -> bool:
-        """Whether the matrix of an expert, stored in these tensors, gets factors."""
-        if any(matches(pattern, name) for pattern in self.exclude for name in names):
-            return False
-        included = (matches(pattern, name) for pattern in self.include for name in names)
-        return not self.include or any(included)
-
-    def factors(self, task: TensorTask, parameter: ModuleParameter | None) -> bool:
-        """Whether its change becomes factors."""
-        if parameter is None or self.why_left_out(task, parameter):
-            return False
-        layer = parameter.kind in ("linear", "conv1d", "embedding") and parameter.name == "weight"
-        return layer and len(task.shape) == 2
-
-
-def _experts(
-    modules: ModuleMap | KnownModules, tasks: Mapping[str, TensorTask], selection: _Selection
-) -> list[ExpertMatrix]:
-    """Matrices of experts that get factors: all experts of a parameter, or none."""
-    experts = modules.experts({name: task.shape for name, task in tasks.items()})
-    complete = [
-        parts
-        for parts in experts.values()
-        if not selection.transposed and all(selection.takes(part.tensors) for part in parts)
-    ]
-    return [part for parts in complete for part in parts]
-
-
-def _change_of_expert(expert: ExpertMatrix, tasks: Mapping[str, TensorTask], read: Read) -> Any:
-    """Fine-tune minus base, numpy float32 [outputs, inputs]."""
-    import numpy as np
-
-    changes = []
-    for name in expert.tensors:
-        task = tasks[name]
-        assert task.base is not None
-        height, width = task.shape[-2:]
-        start = (expert.index or 0) * height * width
-        numbers = read_numbers(read, task.operands[0], start, height * width)
-        numbers -= read_numbers(read, task.base, start, height * width)
-        changes.append(numbers.reshape(height, width))
-    matrix = np.concatenate(changes)
-    return np.ascontiguousarray(matrix.T) if expert.transposed else matrix
-
-
-def _change(task: TensorTask, read: Read) -> Any:
-    """Fine-tune minus base, numpy float32 in the tensor's shape."""
-    import numpy as np
-
-    assert task.base is not None
-    change = np.empty(task.size, np.float32)
-    for start, count in _blocks(task.size):
-        tuned = read_numbers(read, task.operands[0], start, count)
-        base = read_numbers(read, task.base, start, count)
-        np.subtract(tuned, base, out=change[start : start + count])
-    return change.reshape(task.shape)
-
-
-def _squares(task: TensorTask, read: Read) -> float:
-    """The sum of squares of the change, without making it."""
-    import torch
-
-    assert task.base is not None
-    total = 0.0
-    for start, count in _blocks(task.size):
-        part = read_numbers(read, task.operands[0], start, count)
-        part -= read_numbers(read, task.base, start, count)
-        total += sum_of_squares(torch.from_numpy(part))  # BLAS in numpy has threads of its own
-    return total
-
-
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(_BLOCK, size - start)) for start in range(0, size, _BLOCK))
 
 
 def _keep_whole(

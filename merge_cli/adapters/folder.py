@@ -36,7 +36,7 @@ from merge_cli.sources.source import Source
 from merge_cli.system.raw_io import FilePool, allocate, copy_range, write_error, write_from
 
 if TYPE_CHECKING:
-    from merge_cli.adapters.extract import ExtractedAdapter
+    from merge_cli.adapters.extracted import ExtractedAdapter
 
 
 _WAITING = "factors.waiting"
@@ -195,7 +195,10 @@ def extraction_card(plan: Plan, extracted: ExtractedAdapter, cut: RankTruncation
     text = [
         f"What `{tuned.label}` has changed of `{base.label}`, extracted by merge-cli: {size} "
         f"(cut at {cut}), {100 * extracted.share:.1f} % of the change's sum of squares.",
-        *_left_out(extracted),
+        *(
+            f"Left out, {100 * share:.1f} % of the change: {why}."
+            for why, (_, share) in extracted.left_out().items()
+        ),
     ]
     return card(front, extracted.path.name, text, base.label)
 
@@ -251,17 +254,6 @@ def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | 
         "",
     ]
     return "\n".join(lines)
-
-
-def _left_out(extracted: ExtractedAdapter) -> list[str]:
-    total = sum(change.squares for change in extracted.changes) or 1.0
-    reasons: dict[str, float] = {}
-    for change in extracted.changes:
-        if change.why:
-            reasons[change.why] = reasons.get(change.why, 0.0) + change.squares / total
-    return [
-        f"Left out, {100 * share:.1f} % of the change: {why}." for why, share in reasons.items()
-    ]
 
 
 @contextmanager

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.experts import ExpertStacks
-from merge_cli.adapters.factors import Factors, RankTruncation, factorise, recombine, threads_for
+from merge_cli.adapters.factors import Factors, RankTruncation, factorise, needs_torch, recombine
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, merge_card
+from merge_cli.adapters.threads import threads_for
 from merge_cli.checkpoint.tensors import Read, reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.in_memory import InMemoryFiles, InMemoryMerger
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths, verified_fingerprints
 from merge_cli.engine.operands import operands_of
+from merge_cli.engine.pool import one_torch_thread
 from merge_cli.engine.residency import SourceResidency
 from merge_cli.errors import NonFiniteError
 from merge_cli.lora.adapter import Adapter
@@ -53,7 +55,6 @@ def merge_adapters(
         SourceError, NonFiniteError: an adapter that cannot be read, or has NaN.
         ResourceError: not enough memory or disk; no such device; no torch.
     """
-    require("torch", "merging adapters")
     fetch_inputs(plan, on_progress)
     fingerprints = verified_fingerprints(plan)
     output = plan.recipe.output
@@ -155,10 +156,15 @@ def _matrices(
         matrix = np.asarray(raw).view(np.float32).reshape(task.shape)
         factors[task.name] = factorise(matrix, cut, device_name)
 
-    count = threads_for((task.shape for task in plan.tasks), options.threads)
+    shapes = [task.shape for task in plan.tasks]
+    arithmetic = "torch" if needs_torch(shapes, cut, device_name) else "compiled"
+    if arithmetic == "torch":
+        require("torch", "merging adapters")
+    count = threads_for(shapes, options.threads)
     merger = InMemoryMerger(plan, files, device, replace(options, threads=count), "disk")
     try:
-        merger.merge(plan.tasks, range(len(plan.tasks)), take)
+        with one_torch_thread(device, arithmetic):
+            merger.merge(plan.tasks, range(len(plan.tasks)), take)
     finally:
         merger.close()
         files.close()

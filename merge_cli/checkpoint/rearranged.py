@@ -20,7 +20,7 @@ from typing import Any
 
 from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, read_pieces
 
 ZERO = -1  # instead of a part's number: a row of zeros
 _MEAN = -2  # or: the mean of the rows of all tokens
@@ -133,28 +133,43 @@ class PermutedRows:
         """Whole rows are brought together, of which the buffer gets its part."""
         import numpy as np
 
-        item = width_of(self.dtype)
+        item, width = width_of(self.dtype), self._width
         count = len(buffer) // item
-        first, last = start // self._width, -(-(start + count) // self._width)
-        kind = numpy_dtype(self.dtype)
-        out = np.zeros((last - first, self._width), kind)
+        first, last = start // width, -(-(start + count) // width)
+        begin, kind = start - first * width, numpy_dtype(self.dtype)
+        target = np.frombuffer(buffer, kind)
+        is_whole = count == (last - first) * width
+        out = (target if is_whole else np.empty((last - first) * width, kind)).reshape(-1, width)
+        self._gather(read, first, last, out)
+        if not is_whole:
+            target[:] = out.reshape(-1)[begin : begin + count]
+
+    def _gather(self, read: Read, first: int, last: int, out: Any) -> None:
+        """Rows [first, last): numpy [rows, width], filled."""
+        import numpy as np
+
         part, row = self.rows.part[first:last], self.rows.row[first:last]
-        for number in np.unique(part):
+        numbers = np.unique(part).tolist()
+        if len(numbers) == 1 and numbers[0] >= 0 and not self.rows.computes:
+            self._fill_rows(read, self.parts[numbers[0]], row, out)
+            return
+        out[part == ZERO] = 0
+        for number in numbers:
             if number >= 0:
                 chosen = np.flatnonzero(part == number)
-                out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
+                rows = np.empty((len(chosen), self._width), out.dtype)
+                self._fill_rows(read, self.parts[number], row[chosen], rows)
+                out[chosen] = rows
         for position in [p for p in self.rows.means if first <= p < last]:
             pairs = self.rows.means[position]
-            total = np.zeros(self._width, kind)
+            total, each = np.zeros(self._width, out.dtype), np.empty((1, self._width), out.dtype)
             for number, source_row in pairs:
-                total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
-            out[position - first] = total / kind(len(pairs))
+                self._fill_rows(read, self.parts[number], np.array([source_row]), each)
+                total += each[0]
+            out[position - first] = total / out.dtype.type(len(pairs))
         padding = np.flatnonzero(part == _MEAN)
         if len(padding):
             out[padding] = self._mean(read)
-        begin = start - first * self._width
-        target = np.frombuffer(buffer, kind)
-        target[:] = out.reshape(-1)[begin : begin + count]
 
     def _mean(self, read: Read) -> Any:
         """The mean of the rows of all tokens, added up in their order."""
@@ -171,32 +186,27 @@ class PermutedRows:
                     total += row
         return total / len(averaged)
 
-    def _rows_of(self, read: Read, tensor: Tensor, rows: Any) -> Any:
+    def _fill_rows(self, read: Read, tensor: Tensor, rows: Any, out: Any) -> None:
         """Rows of one model's tensor as this tensor's dtype; near ones are read together."""
         import numpy as np
 
-        item, width = width_of(tensor.dtype), self._width
+        width, kind = self._width, numpy_dtype(tensor.dtype)
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
-        result = np.empty((len(rows), width), numpy_dtype(tensor.dtype))
-        raw, size = result.view(np.uint8).reshape(-1).data, width * item
+        same = tensor.dtype == self.dtype
+        result = out if same else np.empty((len(rows), width), kind)
         starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
-        positions, numbers = order.tolist(), ordered.tolist()
+        if isinstance(tensor, TensorRef) and len(starts) > len(rows) // 2:  # most by themselves
+            read_pieces(read, tensor, np.asarray(rows, np.int64) * width, result)
+            starts, ends = [], []
         for start, end in zip(starts, ends, strict=True):
-            low = numbers[start]
-            if end - start == 1:  # a row by itself goes where it belongs
-                at = positions[start] * size
-                tensor.fill(read, low * width, raw[at : at + size])
-                continue
-            count = numbers[end - 1] + 1 - low
-            near = np.empty(count * width * item, np.uint8)
-            tensor.fill(read, low * width, near.data)
-            whole = near.view(result.dtype).reshape(count, width)
-            result[order[start:end]] = whole[ordered[start:end] - low]
-        if tensor.dtype == self.dtype:
-            return result
-        return _floats(result, tensor.dtype).astype(numpy_dtype(self.dtype), copy=False)
+            low, count = int(ordered[start]), int(ordered[end - 1] + 1 - ordered[start])
+            near = np.empty((count, width), kind)
+            tensor.fill(read, low * width, near.view(np.uint8).reshape(-1).data)
+            result[order[start:end]] = near[ordered[start:end] - low]
+        if not same:
+            out[:] = _floats(result, tensor.dtype)
 
 
 def _runs(ordered: Any) -> Iterator[tuple[int, int]]:

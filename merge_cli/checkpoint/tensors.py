@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
 from merge_cli.checkpoint.headers import TensorRef
@@ -21,6 +21,33 @@ from merge_cli.system.raw_io import FilePool, read_into
 
 # read(ref, start, buffer): what is stored from element `start` on, as much as fits the buffer.
 Read = Callable[[TensorRef, int, memoryview], None]
+
+
+@runtime_checkable
+class BulkRead(Protocol):
+    """A `Read` that does many short reads in one call."""
+
+    def __call__(self, ref: TensorRef, start: int, buffer: memoryview) -> None: ...
+
+    def pieces(self, ref: TensorRef, starts: Any, out: Any) -> None:
+        """See `read_pieces`."""
+
+
+def read_pieces(read: Read, ref: TensorRef, starts: Any, out: Any) -> None:
+    """Fill each row with what is stored from its start on.
+
+    Args:
+        starts: numpy int64 [rows], in elements.
+        out: numpy [rows, elements], contiguous, of a dtype as wide as the tensor's.
+    """
+    import numpy as np
+
+    raw = out.view(np.uint8)
+    if isinstance(read, BulkRead):
+        read.pieces(ref, starts, raw)
+        return
+    for start, row in zip(starts.tolist(), raw, strict=True):
+        read(ref, start, row.data)
 
 
 class Tensor(Protocol):

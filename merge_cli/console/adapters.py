@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from merge_cli.console.tables import percent
 from merge_cli.system.machine import show_size
 
 if TYPE_CHECKING:
-    from merge_cli.adapters.extract import ExtractedAdapter, ModuleChange
+    from merge_cli.adapters.extracted import ExtractedAdapter
 
 _WORST = 5
 
@@ -33,8 +33,7 @@ def print_extracted(console: Console, extracted: ExtractedAdapter) -> None:
         f"{percent(extracted.bytes / extracted.model_bytes)} of the model: "
         + (", ".join(parts) or "nothing has changed")
     )
-    left = _left_out(extracted.changes)
-    for why, (count, share) in left.items():
+    for why, (count, share) in extracted.left_out().items():
         tensors = f"{count} tensor{'s' * (count != 1)}"
         console.print(f"  left out: {tensors} ({escape(why)}), {percent(share)}")
     worst = sorted(factored, key=lambda change: (change.share, change.name))[:_WORST]
@@ -62,14 +61,3 @@ def print_merged(console: Console, report: Mapping[str, Any], shown: Path) -> No
         + f"{percent(adapter['share'])} of the merged change's sum of squares"
     )
     console.print(f"  adapter  {escape(str(shown))}", soft_wrap=True)
-
-
-def _left_out(changes: Sequence[ModuleChange]) -> dict[str, tuple[int, float]]:
-    """By reason, how many tensors are left out, and their share of the change."""
-    total = sum(change.squares for change in changes)
-    by_reason: dict[str, tuple[int, float]] = {}
-    for change in changes:
-        if change.why:
-            count, share = by_reason.get(change.why, (0, 0.0))
-            by_reason[change.why] = (count + 1, share + change.squares / total)
-    return by_reason

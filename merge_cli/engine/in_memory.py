@@ -50,6 +50,8 @@ class InMemoryFiles(Files):
         on_device: stored tensors that wait there, torch uint8.
     """
 
+    on_disk = False
+
     def __init__(self, residency: SourceResidency, device: str = "cpu") -> None:
         self._disk = FilePool(os.O_RDONLY)
         super().__init__(self._disk, self._disk)

@@ -107,8 +107,8 @@ def run_loop(
             executor.merge(plan.tasks[batch[0]], remaining[batch[0]], record_one)
             return
         merged: list[tuple[Chunk, TensorStats]] = []
-        for task in batch:
-            executor.merge(plan.tasks[task], remaining[task], lambda *chunk: merged.append(chunk))
+        tensors = [(plan.tasks[task], remaining[task]) for task in batch]
+        executor.merge_several(tensors, lambda *chunk: merged.append(chunk))
         record(merged)
 
     def record_one(chunk: Chunk, chunk_stats: TensorStats) -> None:

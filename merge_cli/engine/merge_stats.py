@@ -124,21 +124,33 @@ class TensorStats:
 CountKept = Callable[[Block], list[int]]
 
 
+def measures_pairs(sources: int) -> bool:
+    """Whether sources are measured against one another: each by itself where they are many."""
+    return sources <= _MAX_PAIRS_SOURCES
+
+
 class StatisticsMeter:
     """Measures a sample of the blocks of one chunk while they are in hand.
 
     Args:
         size: elements of the tensor, which decide the sample.
         kept: the method's count of what trimming or dropping keeps, if it does either.
+        sums: where a loop adds up what it measures itself; None for new ones.
     """
 
-    def __init__(self, sources: int, size: int, count_kept: CountKept | None) -> None:
+    def __init__(
+        self,
+        sources: int,
+        size: int,
+        count_kept: CountKept | None,
+        sums: StoredSums | None = None,
+    ) -> None:
         self._count_kept = count_kept
         self._runs = SampleRuns.of(size)
-        self._pairs = sources <= _MAX_PAIRS_SOURCES
+        self._pairs = measures_pairs(sources)
         self._rates = sources > 1 and self._pairs
         self._count, self._sampled = 0, 0
-        self._sums = StoredSums.empty(sources)
+        self._sums = sums or StoredSums.empty(sources)
 
     def add(self, block: Block, merged: Any) -> None:
         """Add one block. `merged` is the method's result, not yet rounded."""
@@ -164,6 +176,11 @@ class StatisticsMeter:
         for start, stop in self._sample(block.start, block.start + block.size):
             part = block.part(start - block.start, stop - block.start)
             measure(form, part, self._sums, pairs=self._pairs)
+
+    def cover(self, start: int, stop: int) -> None:
+        """Count elements that a loop has measured, as far as they are sampled."""
+        for _ in self._sample(start, stop):
+            pass
 
     def _sample(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         self._count += stop - start

@@ -7,7 +7,7 @@ and the result does not depend on it: both are whole multiples of `BLOCK_MULTIPL
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar, cast
@@ -16,6 +16,8 @@ from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.worker_context import Files, HostWorker
 from merge_cli.kernels.fused import FORMATS, StoredBlock
+from merge_cli.kernels.passes import sample_keys
+from merge_cli.kernels.streams import StoredSpan
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.planning.plan import TensorTask
 
@@ -93,9 +95,9 @@ class TensorReader:
         return self._reading.pool.map(lambda number: work(self.span(number)), numbers)
 
     @property
-    def is_held(self) -> bool:
-        """Whether it is one block that is kept as numbers, for every pass over it."""
-        return self._keeps and self.size <= self._reading.pool.worker.block
+    def has_block(self) -> bool:
+        """Whether it is one block that was read as numbers, and is kept for every further pass."""
+        return self._whole is not None
 
     @property
     def can_be_stored(self) -> bool:
@@ -107,21 +109,35 @@ class TensorReader:
             and (task.base is None or reading.deltas)
         )
 
-    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+    def map_stored(
+        self, work: Callable[[Iterable[StoredBlock]], T], only: int | None = None
+    ) -> list[T] | None:
         """`methods.blocks.map_stored`."""
-        if self.is_held or not self.can_be_stored:
+        if self.has_block or not self.can_be_stored:
             return None
-        numbers = range(len(self.starts) - 1)
+        numbers = range(len(self.starts) - 1) if only is None else [only]
         return self._reading.pool.map(lambda number: work(self.stored_span(number)), numbers)
 
-    def stored_span(self, number: int) -> Iterator[StoredBlock]:
-        """The blocks of one span, as they are stored; each until the next is asked for."""
+    def stored_span(self, number: int) -> StoredSpan:
+        """One span as it is stored."""
         self.read_ahead(number + 1)
-        task, worker = self.task, cast(HostWorker, self._reading.pool.worker)
-        for start, stop in self.block_ranges(self.starts[number], self.starts[number + 1]):
-            yield worker.load_stored(
-                task.inputs, start, stop, base=task.base is not None, dtype=task.dtype
-            )[0]
+        worker = cast(HostWorker, self._reading.pool.worker)
+        return worker.span(
+            self.task.inputs,
+            self.starts[number],
+            self.starts[number + 1],
+            base=self.task.base is not None,
+        )
+
+    def sample_keys(self, count: int) -> Any:
+        """`kernels.select.Stream.sample_keys`."""
+        keeps_block = self._keeps and self.size <= self._reading.pool.worker.block
+        if keeps_block or not self.can_be_stored or self.size <= count:
+            return None
+        run, step = sample_steps(self.size, count)
+        worker = cast(HostWorker, self._reading.pool.worker)
+        span = worker.span(self.task.inputs, 0, self.size, base=self.task.base is not None)
+        return sample_keys(span, run, step) if run <= worker.block else None
 
     def sample(self, count: int) -> Iterator[Block]:
         if self.size <= count:
@@ -202,12 +218,15 @@ class ModelReader:
         spans = self._spans if only is None else [self._spans[only]]
         return self._map(lambda span: work(span[0].span(span[1])), spans)
 
-    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+    def map_stored(
+        self, work: Callable[[Iterable[StoredBlock]], T], only: int | None = None
+    ) -> list[T] | None:
         """`methods.blocks.map_stored`."""
         if not all(isinstance(t, TensorReader) and t.can_be_stored for t in self.tensors):
             return None
         self._on_pass()
-        return self._map(lambda span: work(span[0].stored_span(span[1])), self._spans)
+        spans = self._spans if only is None else [self._spans[only]]
+        return self._map(lambda span: work(span[0].stored_span(span[1])), spans)
 
     def sample(self, count: int) -> Iterator[Block]:
         if self.size <= count:
@@ -222,9 +241,14 @@ class ModelReader:
 
 def sample_ranges(size: int, count: int) -> Iterator[tuple[int, int]]:
     """The runs of a sample of about `count` elements: where each begins and ends."""
+    run, step = sample_steps(size, count)
+    return ((start, min(start + run, size)) for start in range(0, size, step))
+
+
+def sample_steps(size: int, count: int) -> tuple[int, int]:
+    """How long such a run is, and how far apart they begin."""
     runs = max(1, count // _SAMPLE_RUN)
-    step = max(_SAMPLE_RUN, size // runs // _SAMPLE_RUN * _SAMPLE_RUN)
-    return ((start, min(start + _SAMPLE_RUN, size)) for start in range(0, size, step))
+    return _SAMPLE_RUN, max(_SAMPLE_RUN, size // runs // _SAMPLE_RUN * _SAMPLE_RUN)
 
 
 def operands_of(block: Block, supplied: Mapping[str, Any] | frozenset[str]) -> dict[str, Any]:

@@ -12,28 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.executor import Finished, MergeExecutor
+from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.engine.operands import BlockReader, TensorReader, operands_of
+from merge_cli.engine.streaming import Finished
 from merge_cli.engine.tensor_writers import TensorWriter, output_offsets, writer_for
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
-from merge_cli.planning.resolve import arguments
 from merge_cli.planning.sweep import operand_key
 
 
 class _Variant(MergeExecutor):
     """Merges one variant, also from blocks that others have read."""
 
-    def formula(self, task: TensorTask, reader: BlockReader) -> tuple[dict[str, Any], float | None]:
+    def settings(self, task: TensorTask) -> tuple[dict[str, Any], float | None]:
         """What the method gets beside its operands, and what the encoding must know first."""
-        supplied: dict[str, Any] = {}
-        alone = TensorReader(task, reader, span_starts(task))
-        if self._method.tensor_pass is not None:
-            supplied["prepared"] = self.prepare(alone, task)
-        used = {name: value for name, value in supplied.items() if name in self._method.supplied}
-        largest = self._largest(alone, supplied)
-        return {**arguments(self._method, task.parameters), **used}, largest
+        formula = self.formula(task, keeps_block=False)
+        return formula.arguments, self._largest(formula.reader, formula.arguments)
 
     def merge_block(
         self, task: TensorTask, block: Block, arguments: dict[str, Any], writer: TensorWriter
@@ -126,11 +121,18 @@ class SweepExecutor:
                 variant.merge(its_task, chunks, lambda chunk, stats: None)
                 continue
             picks = tuple(keys.index(operand_key(operand)) for operand in its_task.operands)
-            settings, largest = variant.formula(its_task, self._reader)
+            settings, largest = variant.settings(its_task)
             formulas.append(_Formula(variant, its_task, picks, settings, largest))
         reader = TensorReader(task, self._reader, span_starts(task))
         work = partial(self._merge_chunk, reader, formulas, finished)
         self._reader.pool.map(work, chunks)
+
+    def merge_several(
+        self, tensors: Sequence[tuple[TensorTask, Sequence[Chunk]]], finished: Finished
+    ) -> None:
+        """`merge` of several tensors."""
+        for task, chunks in tensors:
+            self.merge(task, chunks, finished)
 
     def _merge_chunk(
         self, reader: TensorReader, formulas: Sequence[_Formula], finished: Finished, chunk: Chunk

@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
-from merge_cli.kernels.fused import StoredBlock, stored_starts
+from merge_cli.kernels.fused import FORMATS, StoredBlock, stored_starts
+from merge_cli.kernels.pieces import read_pieces
+from merge_cli.kernels.streams import MergeStreams, Stored, StoredSpan
 from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
 
 _WIDEST = 8  # bytes of an element in the widest format
@@ -47,6 +49,14 @@ class StageClock:
         self.compute += time.perf_counter() - began
         self.compute -= self.read + self.write + self.waited - other
 
+    def add(self, spent: Any) -> None:
+        """What a loop has spent that reads and writes itself: see `MergeStreams.run`."""
+        read, write, bytes_read, bytes_written = spent.tolist()
+        self.read += read
+        self.write += write
+        self.bytes_read += int(bytes_read)
+        self.bytes_written += int(bytes_written)
+
 
 @dataclass(frozen=True)
 class LoadedBlock:
@@ -68,7 +78,7 @@ class WorkerContext(Protocol):
 
     Attributes:
         block: elements in a block.
-        fuses: it has `load_stored`: its operands lie on the host, for compiled loops.
+        fuses: it is a `HostWorker` that computes with compiled loops.
     """
 
     clock: StageClock
@@ -105,7 +115,13 @@ class WorkerContext(Protocol):
 
 
 class Files:
-    """The files of a merge: sources open for reading, shards for writing."""
+    """The files of a merge: sources open for reading, shards for writing.
+
+    Attributes:
+        on_disk: loops may read and write them by themselves.
+    """
+
+    on_disk = True
 
     def __init__(self, sources: FilePool, shards: FilePool) -> None:
         self.sources, self.shards = sources, shards
@@ -119,7 +135,7 @@ class Files:
         if type(tensor) is TensorRef:  # as a rule: no call between
             self.read_stored(clock, tensor, start, buffer)
             return
-        tensor.fill(partial(self.read_stored, clock), start, buffer)
+        tensor.fill(StoredRead(self, clock), start, buffer)
 
     def read_stored(
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
@@ -130,6 +146,20 @@ class Files:
         read_into(self.sources, ref.path, offset, buffer, ref.model)
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(buffer)
+
+    def read_pieces(self, clock: StageClock, ref: TensorRef, starts: Any, out: Any) -> None:
+        """Fill rows of bytes with what is stored from their starts on: `tensors.read_pieces`."""
+        began = time.perf_counter()
+        offsets = ref.offset + starts * width_of(ref.dtype)
+        try:
+            done = read_pieces(self.sources.fd(ref.path), offsets, out)
+        except OSError:
+            done = 0
+        for number in range(done, len(out)):  # the plain way says what is wrong
+            offset = int(offsets[number])
+            read_into(self.sources, ref.path, offset, out[number].data, ref.model)
+        clock.read += time.perf_counter() - began
+        clock.bytes_read += out.size
 
     def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
         began = time.perf_counter()
@@ -150,6 +180,20 @@ class Files:
         clock.bytes_written += size
 
 
+@dataclass(frozen=True)
+class StoredRead:
+    """How computed tensors read what they are made of: a `tensors.BulkRead`."""
+
+    files: Files
+    clock: StageClock
+
+    def __call__(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        self.files.read_stored(self.clock, ref, start, buffer)
+
+    def pieces(self, ref: TensorRef, starts: Any, out: Any) -> None:
+        self.files.read_pieces(self.clock, ref, starts, out)
+
+
 class HostWorker:
     """Computes with numpy arrays and compiled loops. Blocks stay in the cache."""
 
@@ -159,6 +203,8 @@ class HostWorker:
         self.clock, self.block, self._files = StageClock(), block, files
         # Anonymous pages of our own: aligned, and in memory only where they have been used.
         self._buffer = mmap.mmap(-1, block * _WIDEST * inputs + _ALIGNMENT)
+        # Whose bytes lie in the buffer, where a loop has left a whole span in it.
+        self._holds: tuple[Sequence[Stored], int, int] | None = None
 
     def active(self) -> AbstractContextManager[Any]:
         import numpy as np
@@ -176,7 +222,7 @@ class HostWorker:
         rows = np.empty((len(refs) - base, size), np.float32)
         base_values = np.empty(size, np.float32) if base else None
         formats = {ref.dtype for ref in refs}
-        if len(formats) == 1:
+        if len(formats) == 1 and "F32" not in formats:
             (dtype,) = formats
             raw = self._raw(len(refs), size, dtype)
             for stored, ref in zip(raw, refs, strict=True):
@@ -187,7 +233,9 @@ class HostWorker:
         finite = True
         targets = [base_values, *rows] if base else list(rows)
         for ref, target in zip(refs, targets, strict=True):
-            stored = self._raw(1, size, ref.dtype)[0]
+            # float32 comes as it is computed with: right to where it belongs.
+            is_wide = ref.dtype == "F32"
+            stored = target.view(np.uint8) if is_wide else self._raw(1, size, ref.dtype)[0]
             self._files.read(self.clock, ref, start, stored.data)
             finite &= decode_row(stored, ref.dtype, target)
         if base_values is not None and deltas:
@@ -205,22 +253,81 @@ class HostWorker:
         Returns:
             them, and room for as many elements of `dtype` (numpy uint8).
         """
-        import numpy as np
 
         size = stop - start
         sizes = [size] * len(refs)
         starts, kinds = stored_starts(sizes, [ref.dtype for ref in refs])
-        buffer = np.frombuffer(self._buffer, np.uint8)
+        buffer, self._holds = self._bytes, None
         for ref, first in zip(refs, starts, strict=False):
             raw = buffer[first : first + size * width_of(ref.dtype)]
             self._files.read(self.clock, ref, start, raw.data)
         out = buffer[starts[-1] : starts[-1] + size * width_of(dtype)]
         return StoredBlock(buffer, starts[:-1], kinds, start, size, base), out
 
+    def stored_inputs(self, tensors: Sequence[Tensor]) -> list[Stored] | None:
+        """Where tensors lie, for loops that read them; None where one is computed, or vanished."""
+        if not self._files.on_disk or any(type(tensor) is not TensorRef for tensor in tensors):
+            return None
+        try:
+            return [
+                (self._files.sources.fd(ref.path), ref.offset, FORMATS[ref.dtype])
+                for ref in cast(Sequence[TensorRef], tensors)
+            ]
+        except OSError:
+            return None  # it is read in the plain way, which says what is wrong
+
+    def stored_target(self, path: Path, offset: int, dtype: str) -> Stored | None:
+        """Where a result goes, for loops that write it; None where it cannot be opened."""
+        try:
+            return self._files.shards.fd(path), offset, FORMATS[dtype]
+        except OSError:
+            return None  # likewise
+
+    def run_streams(self, streams: MergeStreams, first: int) -> int:
+        """`MergeStreams.run` in this worker's buffer, on its clock."""
+        import numpy as np
+
+        spent, self._holds = np.zeros(4), None
+        number = streams.run(first, self._bytes, self.block, spent)
+        self.clock.add(spent)
+        return number
+
+    def span(
+        self,
+        tensors: Sequence[Tensor],
+        start: int,
+        stop: int,
+        *,
+        base: bool,
+    ) -> StoredSpan:
+        """Elements [start, stop) of each tensor as stored, block by block."""
+
+        def load(begin: int, end: int) -> StoredBlock:
+            return self.load_stored(tensors, begin, end, base=base, dtype=tensors[0].dtype)[0]
+
+        inputs = self.stored_inputs(tensors)
+
+        def on_spent(spent: Any, is_whole: bool) -> None:
+            self.clock.add(spent)
+            self._holds = (inputs, start, stop) if inputs is not None and is_whole else None
+
+        return StoredSpan(start, stop, base, inputs, self._bytes, self.block, load, on_spent)
+
+    def holds(self, inputs: Sequence[Stored], start: int, stop: int) -> bool:
+        """Whether the last loop has left elements [start, stop) in the buffer."""
+        return self._holds == (inputs, start, stop)
+
+    @cached_property
+    def _bytes(self) -> Any:
+        import numpy as np
+
+        return np.frombuffer(self._buffer, np.uint8)
+
     def _raw(self, inputs: int, size: int, dtype: str) -> Any:
         """(inputs, bytes) of the worker's buffer."""
         import numpy as np
 
+        self._holds = None
         width = size * width_of(dtype)
         return np.frombuffer(self._buffer, np.uint8, inputs * width).reshape(inputs, width)
 

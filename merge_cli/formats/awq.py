@@ -32,9 +32,9 @@ from merge_cli.formats.transposed_integers import (
     group_size,
     reject_conv1d,
 )
-from merge_cli.kernels.codes import spread
+from merge_cli.kernels.turned import turned_eights
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight outputs lies in a word
+_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # where each of eight outputs begins in a word, in bits
 
 
 class Awq:
@@ -88,6 +88,12 @@ class AwqTensor(TransposedIntegers):
     def code_rows(self, read: Read, first: int, last: int) -> Any:
         return self._unpacked(read, "codes", self.codes, first, last)
 
+    def turn(
+        self, read: Read, first: int, last: int, zeros: Any, scales: Any, begin: int, out: Any
+    ) -> None:
+        words = self.matrix("codes", self.codes).columns(read, first // 8, -(-last // 8))
+        turned_eights(words, _SHIFTS, zeros, scales, self.group, first % 8, begin, out)
+
     def zero_rows(self, read: Read, first: int, last: int) -> Any:
         return self._unpacked(read, "zeros", self.zeros, first, last)
 
@@ -97,12 +103,9 @@ class AwqTensor(TransposedIntegers):
 
         begin = first // 8
         words = self.matrix(role, ref).columns(read, begin, -(-last // 8))
-        height, width = words.shape
-        # Four bytes of each word, one below the other; then the two codes of each byte.
-        raw = np.ascontiguousarray(words.T).view(np.uint8).reshape(width, height, 4)
-        raw = np.ascontiguousarray(raw.transpose(0, 2, 1))
-        codes = spread(raw, 4, height).reshape(width, 8, height)[:, _PLACES]
-        return codes.reshape(-1, height)[first - begin * 8 : last - begin * 8].astype(np.float32)
+        shifts = np.array(_SHIFTS, np.uint32)[:, None]
+        codes = ((words.T[:, None, :] >> shifts) & np.uint32(15)).reshape(-1, len(words))
+        return codes[first - begin * 8 : last - begin * 8].astype(np.float32)
 
 
 def _weight(

@@ -226,10 +226,26 @@ def stored_parts(
 
 
 def rounded_scales(scales: Any, dtype: str) -> tuple[Any, Any]:
-    """Scales in their dtype.
+    """Scales in their dtype, of which none becomes nought.
 
     Args:
-        scales: numpy float32.
+        scales: numpy float32, above zero.
+        dtype: F32, BF16 or F16.
+
+    Returns:
+        as of `rounded`.
+    """
+    import numpy as np
+
+    # float16's smallest number is 2^-24.
+    return rounded(np.maximum(scales, np.float32(2.0**-24)) if dtype == "F16" else scales, dtype)
+
+
+def rounded(numbers: Any, dtype: str) -> tuple[Any, Any]:
+    """Numbers in a dtype.
+
+    Args:
+        numbers: numpy float32.
         dtype: F32, BF16 or F16.
 
     Returns:
@@ -238,13 +254,13 @@ def rounded_scales(scales: Any, dtype: str) -> tuple[Any, Any]:
     import numpy as np
 
     if dtype == "F32":
-        return scales.view(np.uint8).reshape(-1), scales
-    if dtype == "F16":  # whose smallest number is 2^-24: a scale must not become nought
-        half = np.maximum(scales, np.float32(2.0**-24)).astype(np.float16)
+        return numbers.view(np.uint8).reshape(-1), numbers
+    if dtype == "F16":
+        half = numbers.astype(np.float16)
         return half.view(np.uint8).reshape(-1), half.astype(np.float32)
-    bits = scales.view(np.uint32)
+    bits = numbers.view(np.uint32)
     nearest = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    nearest = np.where(np.isnan(scales), np.uint16(0x7FC0), nearest)
+    nearest = np.where(np.isnan(numbers), np.uint16(0x7FC0), nearest)
     wide = (nearest.astype(np.uint32) << 16).view(np.float32)
     return nearest.view(np.uint8).reshape(-1), wide
 

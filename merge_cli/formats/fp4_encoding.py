@@ -67,7 +67,7 @@ def _scheme(group: int, strategy: str, scale_dtype: str) -> dict[str, Any]:
     }
 
 
-class _Fp4Encoding(Encoding):
+class Fp4Encoding(Encoding):
     """E2M1 codes of rows, in groups."""
 
     group: int
@@ -104,7 +104,7 @@ class _Fp4Encoding(Encoding):
         """Scales of groups as bytes, and what values are divided by: numpy [groups]."""
 
 
-class _Nvfp4Encoding(_Fp4Encoding):
+class _Nvfp4Encoding(Fp4Encoding):
     """Groups of 16, and a scale of the tensor."""
 
     group = GROUP
@@ -219,7 +219,7 @@ class ModelOptEncoding(_Nvfp4Encoding):
 
 
 @dataclass(frozen=True)
-class MxEncoding(_Fp4Encoding, CompressedTensorsEncoding):
+class MxEncoding(Fp4Encoding, CompressedTensorsEncoding):
     """MXFP4 by rows, as compressed-tensors writes it.
 
     Attributes:

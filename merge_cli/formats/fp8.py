@@ -108,10 +108,8 @@ class DequantizedTensor(Float32):
 
     @property
     def encoding(self) -> Encoding | str:
-        if self.weight.dtype != "F8_E4M3":
-            return "fp8 as E5M2 is not written"
         if self.scale is None:
-            return Fp8Encoding(0, 0, "")
+            return Fp8Encoding(0, 0, "", codes=self.weight.dtype)
         suffix = self.scale.name.removeprefix(self.weight.name)
         if suffix == self.scale.name:
             suffix = suffix.removeprefix(self.weight.name.removesuffix(".weight"))
@@ -120,6 +118,7 @@ class DequantizedTensor(Float32):
             "suffix": suffix,
             "dtype": self.scale.dtype,
             "powers": self.powers or exponents,
+            "codes": self.weight.dtype,
         }
         if self.scale.dtype not in _SCALE_DTYPES:
             return f"fp8 with scales in {self.scale.dtype} is not written"
@@ -138,7 +137,7 @@ class DequantizedTensor(Float32):
         out = np.frombuffer(buffer, np.float32)
         raw = np.empty(len(out), np.uint8)
         read(self.weight, start, raw.data)
-        out[:] = look_up(numbers_of(self.weight.dtype), raw)
+        look_up(numbers_of(self.weight.dtype), raw, out)
         if self.scale is None:
             return
         if self.scale.size == 1:

@@ -1,7 +1,7 @@
-"""fp8 as it is written: E4M3 codes, with a scale for each block, row or tensor.
+"""fp8 as it is written: E4M3 or E5M2 codes, with a scale for each block, row or tensor.
 
-A scale is the largest magnitude over 448, E4M3's largest number, in the dtype of scales; of zeros
-it is 1. NaN and Inf do not count for it, and become NaN.
+A scale is the largest magnitude over the largest number of the codes (448 and 57,344), in the dtype
+of scales; of zeros it is 1. NaN and Inf do not count for it. E4M3 has no Inf: it becomes NaN.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.formats.encoding import Encoding, Part, Tiles, rounded_scales
 from merge_cli.formats.schemes import STACKED, CompressedTensorsEncoding
 from merge_cli.formats.small_floats import numbers_of
-from merge_cli.kernels.quantise import LARGEST_E4M3, block_largest, encode_e4m3
+from merge_cli.kernels.quantise import (
+    LARGEST_E4M3,
+    LARGEST_E5M2,
+    block_largest,
+    encode_e4m3,
+    encode_e5m2,
+)
 
+_LARGEST = {"F8_E4M3": LARGEST_E4M3, "F8_E5M2": LARGEST_E5M2}
+_ENCODERS = {"F8_E4M3": encode_e4m3, "F8_E5M2": encode_e5m2}
 _FLOAT8 = {"num_bits": 8, "symmetric": True, "type": "float"}
 
 
 @dataclass(frozen=True)
 class Fp8Encoding(Encoding):
-    """E4M3 codes with a scale for each block, row or tensor.
+    """Codes of eight bits with a scale for each block, row or tensor.
 
     Attributes:
         tall, wide: rows and columns that share a scale; 0 for all of them.
@@ -30,6 +38,7 @@ class Fp8Encoding(Encoding):
         dtype: of the scales; exponents alone as F8_E8M0 or U8.
         scalar: the shape of a scale of the tensor.
         powers: scales are powers of two, whatever their dtype.
+        codes: F8_E4M3 or F8_E5M2.
     """
 
     tall: int
@@ -38,6 +47,7 @@ class Fp8Encoding(Encoding):
     dtype: str = "F32"
     scalar: tuple[int, ...] = ()
     powers: bool = False
+    codes: str = "F8_E4M3"
 
     @property
     def family(self) -> str:
@@ -45,7 +55,7 @@ class Fp8Encoding(Encoding):
 
     @property
     def label(self) -> str:
-        return "F8_E4M3"
+        return self.codes
 
     @property
     def whole(self) -> bool:
@@ -85,7 +95,7 @@ class Fp8Encoding(Encoding):
     def tensor_scale(self, largest: float, stored: Sequence[Any]) -> float:
         if stored:
             before = float(_numbers(stored[1], self.dtype)[0])
-            if 0 < largest <= before * LARGEST_E4M3:
+            if 0 < largest <= before * _LARGEST[self.codes]:
                 return before
         import numpy as np
 
@@ -98,19 +108,19 @@ class Fp8Encoding(Encoding):
         import numpy as np
 
         rows = tiles.values.reshape(-1, tiles.shape[-1])
-        codes = stored[0].reshape(rows.shape)
+        codes, encode = stored[0].reshape(rows.shape), _ENCODERS[self.codes]
         wide = self.wide or tiles.shape[-1]
         blocks = np.empty((-(-len(rows) // self.tall), -(-tiles.shape[-1] // wide)), np.float32)
         block_largest(rows, self.tall, wide, blocks)
         raw, scales = self._scales(blocks)
         if tiles.before is None:
-            encode_e4m3(rows, self.tall, wide, scales, codes)
+            encode(rows, self.tall, wide, scales, codes)
             stored[1][:] = raw
             return
         differs = (rows != tiles.before.reshape(rows.shape)).astype(np.float32)
         block_largest(differs, self.tall, wide, blocks)
         made = np.empty(rows.shape, np.uint8)
-        encode_e4m3(rows, self.tall, wide, scales, made)
+        encode(rows, self.tall, wide, scales, made)
         changed = blocks > 0
         each = changed.repeat(self.tall, 0)[: len(rows)].repeat(wide, 1)[:, : tiles.shape[-1]]
         np.copyto(codes, made, where=each)
@@ -123,7 +133,7 @@ class Fp8Encoding(Encoding):
 
         values, scale = tiles.values, np.array([[tiles.scale]], np.float32)
         made = np.empty(len(values), np.uint8)
-        encode_e4m3(values[None], 1, len(values), scale, made[None])
+        _ENCODERS[self.codes](values[None], 1, len(values), scale, made[None])
         raw = self._scales(scale[0], exact=True)[0] if self.suffix else None
         if tiles.before is None:
             stored[0][:] = made
@@ -143,8 +153,8 @@ class Fp8Encoding(Encoding):
 
         scales = largest
         if not exact:
-            # No quotient by a smaller scale than this would be within E4M3.
-            scales = np.maximum(largest / np.float32(LARGEST_E4M3), np.float32(2.0**-126))
+            # No quotient by a smaller scale than this would be within the format.
+            scales = np.maximum(largest / np.float32(_LARGEST[self.codes]), np.float32(2.0**-126))
             scales = np.where(largest > 0, scales, np.float32(1))
         if self.powers and not exact:  # the next one, so that nothing is cut off
             fraction, exponent = np.frexp(scales)

@@ -33,6 +33,7 @@ from merge_cli.formats.transposed_integers import (
     group_size,
     reject_conv1d,
 )
+from merge_cli.kernels.turned import turned_words
 
 _BITS = (2, 3, 4, 8)
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zero points
@@ -92,6 +93,12 @@ class GptqTensor(TransposedIntegers):
         words = self.matrix("codes", self.codes).columns(read, first, last)
         raw = np.ascontiguousarray(words.T).view(np.uint8)
         return unpack(raw, self.bits)[:, : self.shape[1]].astype(np.float32)
+
+    def turn(
+        self, read: Read, first: int, last: int, zeros: Any, scales: Any, begin: int, out: Any
+    ) -> None:
+        words = self.matrix("codes", self.codes).columns(read, first, last)
+        turned_words(words, self.bits, zeros, scales, self.group, begin, out)
 
     def zero_rows(self, read: Read, first: int, last: int) -> Any:
         import numpy as np

@@ -6,7 +6,7 @@ is code * scale + bias. In the modes mxfp4 and nvfp4, codes are E2M1 and scales 
 E4M3). `quantization` of config.json says how large groups are, of all modules or of one by its
 name.
 
-The formula is that of `mlx.core.dequantize`.
+The formula is that of `mlx.core.dequantize`. How it is written is in formats/mlx_encoding.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, read_numbers
 from merge_cli.errors import SourceError
+from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.grouped_integers import read_modules
+from merge_cli.formats.mlx_encoding import MlxAffineEncoding, MlxFp4Encoding
 from merge_cli.formats.packed import (
     PackedRows,
     corrupt,
@@ -88,6 +90,16 @@ class MlxTensor(PackedRows):
     @property
     def formula(self) -> str:
         return f"MLX, {self.mode}, {self.bits} bits, {self.scales.shape[-1]} groups"
+
+    @property
+    def encoding(self) -> Encoding | str:
+        group = self.shape[-1] // self.scales.shape[-1]
+        encoding: Encoding = MlxFp4Encoding(group, self.mode)
+        if self.biases is not None:
+            if self.biases.dtype != self.scales.dtype:
+                return f"MLX with scales in {self.scales.dtype} and other biases is not written"
+            encoding = MlxAffineEncoding(self.bits, group, self.scales.dtype)
+        return encoding.unfit(self.shape) or encoding
 
     def rows(self, read: Read, first: int, last: int) -> Any:
         import numpy as np

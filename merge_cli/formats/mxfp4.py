@@ -19,7 +19,7 @@ from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.formats.encoding import Encoding, Part, Tiles
 from merge_cli.formats.fp4_encoding import MX_GROUP, MxEncoding, group_magnitudes, mx_exponents
 from merge_cli.formats.packed import (
-    PackedRows,
+    PackedTensor,
     StoredMatrix,
     corrupt,
     of_shape,
@@ -34,8 +34,8 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
-from merge_cli.kernels.codes import look_up, spread
 from merge_cli.kernels.quantise import encode_e2m1
+from merge_cli.kernels.turned import turned_fp4
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _EXPONENTS = ("U8", "F8_E8M0")
@@ -87,7 +87,7 @@ MXFP4 = Mxfp4()
 
 
 @dataclass(frozen=True)
-class TransposedMxfp4(PackedRows):
+class TransposedMxfp4(PackedTensor):
     """A stack of experts: E2M1 numbers times powers of two, which float32 holds exactly."""
 
     scales: TensorRef
@@ -105,20 +105,21 @@ class TransposedMxfp4(PackedRows):
     def encoding(self) -> Encoding:
         return TransposedMxEncoding(self.scales.dtype)
 
-    def rows(self, read: Read, first: int, last: int) -> Any:
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         import numpy as np
 
-        out = np.empty((last - first, self.shape[-1]), np.float32)
-        row = 0
-        for matrix, low, high in self.by_matrix(first, last):
-            self._fill_rows(read, matrix, low, high, out[row : row + high - low])
-            row += high - low
-        return out
+        out = np.frombuffer(buffer, np.float32)
+        height, width = self.shape[-2:]
+        size = height * width
+        done = 0
+        while done < len(out):
+            matrix, inside = divmod(start + done, size)
+            count = min(len(out) - done, size - inside)
+            self._fill_part(read, matrix, inside, out[done : done + count])
+            done += count
 
-    def _fill_rows(self, read: Read, matrix: int, first: int, last: int, out: Any) -> None:
-        """Rows [first, last) of one expert, which are columns of what is stored."""
-        import numpy as np
-
+    def _fill_part(self, read: Read, matrix: int, start: int, out: Any) -> None:
+        """Numbers of one expert from `start` on; its rows are columns of what is stored."""
         height, width = self.shape[-2:]
         codes, scales = (
             StoredMatrix(role, ref, matrix * width * line, width, line, self.opened)
@@ -127,18 +128,10 @@ class TransposedMxfp4(PackedRows):
                 ("scales", self.scales, height // MX_GROUP),
             )
         )
+        first, last = start // width, -(-(start + len(out)) // width)
         raw = codes.columns(read, first // 2, -(-last // 2))
-        # Bytes are turned, and not the numbers, which are eight times as many bytes.
-        turned = spread(np.ascontiguousarray(raw.T), 4, raw.shape[0])
-        begin = first % 2
-        codes_by_row = turned.reshape(-1, raw.shape[0])[begin : begin + last - first]
-        out[:] = look_up(numbers_of("F4_E2M1"), codes_by_row)
-        groups = range(first // MX_GROUP, -(-last // MX_GROUP))
-        exponents = scales.columns(read, groups.start, groups.stop)
-        powers = numbers_of("F8_E8M0")[exponents.T]
-        for group, power in zip(groups, powers, strict=True):
-            low, high = max(first, group * MX_GROUP), min(last, (group + 1) * MX_GROUP)
-            out[low - first : high - first] *= power
+        exponents = scales.columns(read, first // MX_GROUP, -(-last // MX_GROUP))
+        turned_fp4(raw, exponents, MX_GROUP, first, last - first, start - first * width, out)
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, reading
+from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, read_pieces, reading
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.encoding import Encoding
 from merge_cli.kernels.codes import spread
 
-STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
+STRIP_BYTES = 2**22  # of codes, for each thread and model; of their scales it is less
 PACKED = ("U8", "I8", "I32", "U32")  # dtypes of packed codes
-_LONG_LINE = 2**14  # bytes
-_SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
+_SKIPPED = 2**13  # bytes of a line: from here on its piece is read without the rest
+_SLAB_BYTES = 2**18  # of lines that are read whole to cut a strip out of them, in the cache
 _KEPT = 64  # strips that a thread keeps: of more models than are merged at once
 _SMALL = 64  # numbers that are read while a model is opened
 _TEXT = 10_000  # bytes of a text that is
@@ -326,16 +326,16 @@ class StoredMatrix:
 
         kind = {1: np.uint8, 2: np.uint16, 4: np.uint32}[width_of(self.ref.dtype)]
         strip = np.empty((self.height, last - first), kind)
-        # A piece of a long line by itself, where reading all of the line would take longer.
-        if self.width * strip.itemsize > _LONG_LINE and last - first < self.width:
-            for line in range(self.height):
-                start = self.start + line * self.width + first
-                read(self.ref, start, strip[line].view(np.uint8).data)
+        # Pieces of lines by themselves, where reading all of the lines would take longer.
+        if (self.width - last + first) * strip.itemsize > _SKIPPED:
+            starts = self.start + first + np.arange(self.height, dtype=np.int64) * self.width
+            read_pieces(read, self.ref, starts, strip)
             return strip
         step = max(1, _SLAB_BYTES // (self.width * strip.itemsize))
+        slab = np.empty((min(step, self.height), self.width), kind)
         for low in range(0, self.height, step):
             high = min(low + step, self.height)
-            lines = np.empty((high - low, self.width), kind)
+            lines = slab[: high - low]
             read(self.ref, self.start + low * self.width, lines.view(np.uint8).reshape(-1).data)
             strip[low:high] = lines[:, first:last]
         return strip

@@ -59,13 +59,49 @@ class TransposedIntegers(PackedRows):
     def zero_rows(self, read: Read, first: int, last: int) -> Any:
         """Zero points of rows [first, last): numpy float32 [rows, groups]."""
 
+    @property
+    def fits_words(self) -> bool:
+        """Whether no code lies in two words: then `turn` can be used."""
+        return 32 % self.bits == 0
+
+    @abstractmethod
+    def turn(
+        self, read: Read, first: int, last: int, zeros: Any, scales: Any, begin: int, out: Any
+    ) -> None:
+        """Fill numbers of rows [first, last), from the one at `begin` on, in one loop.
+
+        Args:
+            zeros, scales: numpy float32 [rows, groups], of groups that follow one another.
+            out: numpy float32, flat.
+        """
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        import numpy as np
+
+        if not self.fits_words or self._order(read) is not None:
+            super().fill(read, start, buffer)
+            return
+        out, width = np.frombuffer(buffer, np.float32), self.shape[-1]
+        first, last = start // width, -(-(start + len(out)) // width)
+        zeros = np.ascontiguousarray(self.zero_rows(read, first, last))
+        scales = self._scale_rows(read, first, last)
+        self.turn(read, first, last, zeros, scales, start - first * width, out)
+
     def rows(self, read: Read, first: int, last: int) -> Any:
         import numpy as np
 
         numbers, zeros = self.code_rows(read, first, last), self.zero_rows(read, first, last)
+        order = self._order(read)
+        if order is None and self.shape[-1] != self.groups * self.group:
+            order = np.arange(self.shape[-1]) // self.group
+        return apply_groups(numbers, self._scale_rows(read, first, last), zeros, order)
+
+    def _scale_rows(self, read: Read, first: int, last: int) -> Any:
+        """Scales of rows [first, last): numpy float32 [rows, groups]."""
+        import numpy as np
+
         stored = self.matrix("scales", self.scales).columns(read, first, last)
-        scales = np.ascontiguousarray(_floats(stored, self.scales.dtype).T)
-        return apply_groups(numbers, scales, zeros, self._order(read))
+        return np.ascontiguousarray(_floats(stored, self.scales.dtype).T)
 
     def matrix(self, role: str, ref: TensorRef) -> StoredMatrix:
         """A stored matrix, to be read by columns."""
@@ -75,13 +111,10 @@ class TransposedIntegers(PackedRows):
         """The group of each input; None where groups of one size follow one another."""
         import numpy as np
 
-        columns = self.shape[-1]
-        plain = np.arange(columns) // self.group
-        even = columns == self.groups * self.group
         if self.order is None:
-            return None if even else plain
+            return None
         order = read_order(read, self.order, self.groups)
-        return None if even and np.array_equal(order, plain) else order
+        return None if np.array_equal(order, np.arange(self.shape[-1]) // self.group) else order
 
 
 def _floats(raw: Any, dtype: str) -> Any:

@@ -97,6 +97,19 @@ def host_primitive(reference: Callable[P, R]) -> Primitive[P, R]:
     return Primitive(reference, lambda args: host_backend())
 
 
+def array_primitive(reference: Callable[P, R]) -> Primitive[P, R]:
+    """A primitive over a numpy array, on every machine, or over a tensor of torch.
+
+    The first argument decides; the reference takes both.
+    """
+
+    def choose(args: Sequence[Any]) -> Backend:
+        backend = backend_of(args[0])
+        return host_backend() if backend == "compiled" else backend
+
+    return Primitive(reference, choose)
+
+
 @cache
 def missing() -> str:
     """Why Triton cannot be used on this machine's GPUs; empty when it can.

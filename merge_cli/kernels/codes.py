@@ -12,28 +12,30 @@ from merge_cli.kernels.backend import host_primitive
 
 
 @host_primitive
-def look_up(table: Any, codes: Any) -> Any:
+def look_up(table: Any, codes: Any, out: Any = None) -> Any:
     """The entry of each code.
 
     Args:
         table: numpy float32 [256], or uint64 [256] where an entry is two numbers.
         codes: numpy uint8, of any shape.
+        out: of the table's dtype and the codes' shape, contiguous; None for a new one.
 
     Returns:
-        of the table's dtype and the codes' shape.
+        `out`, filled.
     """
     import numpy as np
 
-    return np.take(table, codes)
+    return np.take(table, codes, out=out)
 
 
 @look_up.compiled
-def _look_up_compiled(table: Any, codes: Any) -> Any:
+def _look_up_compiled(table: Any, codes: Any, out: Any = None) -> Any:
     import numpy as np
 
     from merge_cli.kernels import compiled
 
-    out = np.empty(codes.shape, table.dtype)
+    if out is None:
+        out = np.empty(codes.shape, table.dtype)
     compiled.look_up(table, np.ascontiguousarray(codes).reshape(-1), out.reshape(-1))
     return out
 
@@ -63,13 +65,12 @@ def _spread_compiled(raw: Any, bits: int, run: int = 1) -> Any:
 
     from merge_cli.kernels import compiled
 
+    if run != 1:
+        return spread.reference(raw, bits, run)
     per_byte = 8 // bits
     flat = np.ascontiguousarray(raw).reshape(-1)
     codes = np.empty(len(flat) * per_byte, np.uint8)
-    if run == 1:
-        compiled.spread_bytes(flat, bits, codes)
-    else:
-        compiled.spread_runs(flat, bits, run, codes)
+    compiled.spread_bytes(flat, bits, codes)
     return codes.reshape(*raw.shape[:-1], raw.shape[-1] * per_byte)
 
 
@@ -96,42 +97,3 @@ def _scale_groups_compiled(numbers: Any, scales: Any) -> None:
         compiled.scale_groups(numbers, np.ascontiguousarray(scales))
     else:
         scale_groups.reference(numbers, scales)
-
-
-@host_primitive
-def scaled_parts(codes: Any, offset: int, scales: Any, leasts: Any = None) -> Any:
-    """scale * (code - offset) - least, by parts of blocks.
-
-    Args:
-        codes: numpy uint8 [blocks, codes of a block].
-        scales, leasts: numpy float32 [blocks, parts]; parts are of one length. No leasts: 0.
-
-    Returns:
-        numpy float32 like the codes.
-    """
-    import numpy as np
-
-    numbers = codes.astype(np.float32) - np.float32(offset)
-    parts = scales[:, :, None] * numbers.reshape(*scales.shape, -1)
-    if leasts is not None:
-        parts -= leasts[:, :, None]
-    return parts.reshape(codes.shape)
-
-
-@scaled_parts.compiled
-def _scaled_parts_compiled(codes: Any, offset: int, scales: Any, leasts: Any = None) -> Any:
-    import numpy as np
-
-    from merge_cli.kernels import compiled
-
-    out = np.empty(codes.shape, np.float32)
-    has_leasts = leasts is not None
-    compiled.scaled_parts(
-        np.ascontiguousarray(codes),
-        np.float32(offset),
-        np.ascontiguousarray(scales),
-        np.ascontiguousarray(leasts if has_leasts else scales),
-        has_leasts,
-        out,
-    )
-    return out

@@ -44,7 +44,12 @@ def decode_rows(raw: Any, dtype: str, rows: Any, base: Any, *, deltas: bool) -> 
 
 
 def decode_row(raw: Any, dtype: str, out: Any) -> bool:
-    """Stored bytes of one input to float32; whether every stored value is finite."""
+    """Stored bytes of one input to float32; whether every stored value is finite.
+
+    Args:
+        raw: numpy uint8; of F32 perhaps the bytes of `out` themselves.
+        out: numpy float32, filled.
+    """
     import numpy as np
 
     from merge_cli.kernels import compiled
@@ -54,7 +59,8 @@ def decode_row(raw: Any, dtype: str, out: Any) -> bool:
         return not compiled.decode_bf16(halves, out[None], out, False, False)
     if dtype == "F16":
         return not compiled.decode_f16(raw.view(np.uint16), out)
-    out[:] = raw.view(np.float32)
+    if not np.may_share_memory(raw, out):
+        out[:] = raw.view(np.float32)
     return not compiled.non_finite(out)
 
 

@@ -12,17 +12,20 @@ left to the plain way, which says where it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.kernels.cut import Cuts
 from merge_cli.kernels.elect import DivideBy
-from merge_cli.kernels.keys import KeyCounter, RangeCounter, key_of
+from merge_cli.kernels.keys import key_of
 from merge_cli.kernels.mask import WORDS, mask_key, mask_limit
 
-FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # as compiled/tiles.py numbers them
+# As compiled/tiles.py numbers them.
+FORMATS = {"BF16": 0, "F16": 1, "F32": 2}
+DIVISORS: Mapping[DivideBy, int] = {"nothing": 0, "weights": 1, "count": 2}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,17 @@ class Masks:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Cuts by magnitude that the loop finds itself, in a tensor that is merged in one block.
+
+    Attributes:
+        counts: how many elements of each source are kept, the largest; None keeps the whole source.
+    """
+
+    counts: Sequence[int | None]
+
+
+@dataclass(frozen=True)
 class FusedForm:
     """A formula over one tensor, for all of its blocks.
 
@@ -53,7 +67,8 @@ class FusedForm:
         divisor: of the sum; 1 divides nothing. Without an election only.
         scale: what a change is multiplied by before it is added to the base. The sources are task
             vectors where the merge has a base, and there is no change where it has none.
-        drop: random masks, or cuts by magnitude, or None: everything is kept.
+        drop: random masks, or cuts by magnitude, or None: everything is kept. `Ranks` are for
+            `kernels.streams` alone.
         factors: what is kept of each source is multiplied by; None for 1.
         election: signs are elected, and those that agree averaged.
     """
@@ -61,7 +76,7 @@ class FusedForm:
     weights: Sequence[float]
     divisor: float = 1.0
     scale: float = 1.0
-    drop: Masks | Cuts | None = None
+    drop: Masks | Cuts | Ranks | None = None
     factors: Sequence[float] | None = None
     election: Election | None = None
     _rules: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -72,27 +87,34 @@ class FusedForm:
         Args:
             high: flat index >> 32, which a mask's key depends on.
         """
-        if high not in self._rules:
-            self._rules[high] = self._make_rules(high)
-        return self._rules[high]
-
-    def _make_rules(self, high: int) -> Any:
         import numpy as np
 
+        if high not in self._rules:
+            rows = self.rule_rows(high)
+            self._rules[high] = np.array(rows, np.uint32).reshape(len(rows), 4)
+        return self._rules[high]
+
+    def rule_rows(self, high: int) -> list[tuple[int, int, int, int]]:
+        """`rules` as numbers of Python's."""
         if self.drop is None:
             # An election has a rule for each source: here that all of it is kept.
-            count = len(self.weights) if self.election is not None else 0
-            return np.array([(0, 0, 0, 1)] * count, np.uint32).reshape(count, 4)
+            return [(0, 0, 0, 1)] * (len(self.weights) if self.election is not None else 0)
+        if isinstance(self.drop, Ranks):
+            nothing = int(key_of(math.inf))  # no number lies above it
+            return [
+                (0 if count else nothing, 0, 0, 0) if count is not None else (0, 0, 0, 1)
+                for count in self.drop.counts
+            ]
         if not isinstance(self.drop, Masks):
-            rows = [(key_of(cut.threshold), 0, 0, 0) if cut else (0, 0, 0, 1) for cut in self.drop]
-            return np.array(rows, np.uint32)
+            return [
+                (int(key_of(cut.threshold)), 0, 0, 0) if cut else (0, 0, 0, 1) for cut in self.drop
+            ]
         keys = [mask_key(self.drop.seed, s, self.drop.name, high) for s in self.drop.sources]
         limits = [mask_limit(share) for share in self.drop.density]
-        rows = [
+        return [
             (*key, min(limit, WORDS - 1), limit >= WORDS)
             for key, limit in zip(keys, limits, strict=True)
         ]
-        return np.array(rows, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -161,16 +183,11 @@ def merge(form: FusedForm, block: StoredBlock, dtype: str, out: Any) -> bool:
         )
         return not seen
     election = form.election
-    divide_by = {
-        "nothing": compiled.NOTHING,
-        "weights": compiled.WEIGHTS,
-        "count": compiled.COUNT,
-    }
     seen = compiled.merge_disjoint(
         *block.inputs[:4],
         weights,
         election.weighted,
-        divide_by[election.divide_by],
+        DIVISORS[election.divide_by],
         np.float32(election.zero_sign),
         scale,
         rules,
@@ -199,12 +216,18 @@ class StoredSums:
     squares: Any
 
     @classmethod
-    def empty(cls, sources: int) -> StoredSums:
+    def empty(cls, sources: int, *tensors: int) -> StoredSums:
+        """Zeros; with a number of tensors, for each of so many."""
         import numpy as np
 
-        both, agree = np.zeros((2, sources, sources), np.int64)
-        counts = np.zeros(1 + sources, np.int64)
-        return cls(np.zeros((sources, sources)), both, agree, counts, np.zeros(2))
+        both, agree = np.zeros((2, *tensors, sources, sources), np.int64)
+        counts = np.zeros((*tensors, 1 + sources), np.int64)
+        gram, squares = np.zeros((*tensors, sources, sources)), np.zeros((*tensors, 2))
+        return cls(gram, both, agree, counts, squares)
+
+    def each(self) -> Iterator[StoredSums]:
+        """Those of each tensor among several."""
+        return map(StoredSums, self.gram, self.both, self.agree, self.counts, self.squares)
 
 
 def measure(form: FusedForm, block: StoredBlock, sums: StoredSums, *, pairs: bool) -> None:
@@ -242,53 +265,6 @@ def measure(form: FusedForm, block: StoredBlock, sums: StoredSums, *, pairs: boo
     )
 
 
-def count_blocks(
-    counters: Mapping[int, RangeCounter | KeyCounter], blocks: Iterable[StoredBlock]
-) -> None:
-    """Feed every counter with its source, or task vector, of each block.
-
-    Args:
-        counters: by source; new ones.
-    """
-    import numpy as np
-
-    from merge_cli.kernels import compiled
-
-    most = max(len(c.candidates) if isinstance(c, KeyCounter) else 1 for c in counters.values())
-    candidates = np.zeros((len(counters), most), np.uint32)
-    ranges = np.zeros((len(counters), 4), np.uint32)
-    above, equal = np.zeros((2, len(counters), most), np.int64)
-    bins = max(c.bins if isinstance(c, RangeCounter) else 1 for c in counters.values())
-    counts = np.zeros((len(counters), bins), np.int32)
-    for n, counter in enumerate(counters.values()):
-        if isinstance(counter, KeyCounter):
-            ranges[n, 3] = len(counter.candidates)
-            candidates[n, : len(counter.candidates)] = counter.candidates
-        else:
-            ranges[n] = counter.low, counter.high, counter.shift, 0
-    operands = np.array([*counters], np.int64)
-    for block in blocks:
-        compiled.count_stored(*block.inputs, operands, ranges, candidates, above, equal, counts)
-    for n, counter in enumerate(counters.values()):
-        if isinstance(counter, KeyCounter):
-            counter.above += above[n, : len(counter.above)]
-            counter.equal += equal[n, : len(counter.equal)]
-        else:
-            counter.set(int(above[n, 0]), counts[n, : counter.bins])
-
-
-def dot_products(block: StoredBlock, run: int) -> Any:
-    """Of every pair (i, j), i <= j, of sources or task vectors: numpy float64 [pairs, runs]."""
-    import numpy as np
-
-    from merge_cli.kernels import compiled
-
-    sources = len(block.starts) - block.based
-    sums = np.empty((sources * (sources + 1) // 2, -(-block.size // run)))
-    compiled.dot_stored(*block.inputs, run, sums)
-    return sums
-
-
 def stored_starts(sizes: Sequence[int], dtypes: Sequence[str]) -> tuple[Any, Any]:
     """Where each input's bytes begin if they lie one after another, and how each is encoded."""
     import numpy as np
@@ -303,7 +279,7 @@ def stored_starts(sizes: Sequence[int], dtypes: Sequence[str]) -> tuple[Any, Any
 def _ties(form: FusedForm, block: StoredBlock) -> Any:
     import numpy as np
 
-    if form.drop is None or isinstance(form.drop, Masks):
+    if form.drop is None or isinstance(form.drop, Masks | Ranks):
         return np.empty(0, np.int64)
     ties = [0 if cut is None else cut.ties(block.start, block.size) for cut in form.drop]
     return np.array(ties, np.int64)

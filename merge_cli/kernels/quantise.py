@@ -5,8 +5,8 @@ Here are the two loops around that rule: over a group for its largest value, and
 its codes. A code is the number of the small format that is nearest to value / scale, ties to even.
 Quotients are float32, so a value within half a unit of float32 of a tie may go either way.
 
-E4M3 has a NaN, and what is not finite becomes it. Formats of four bits have none: there a group
-with NaN or Inf in it has a scale that is NaN.
+E4M3 has a NaN, and what is not finite becomes it; E5M2 has Inf, too. Formats of four bits have
+neither: there a group with NaN or Inf in it has a scale that is NaN.
 """
 
 from __future__ import annotations
@@ -16,21 +16,34 @@ from typing import Any
 from merge_cli.kernels.backend import host_primitive
 
 LARGEST_E4M3 = 448.0
+LARGEST_E5M2 = 57344.0
 LARGEST_E2M1 = 6.0
 _NAN = 0x7F
-_NORMAL = 2.0**-6  # from here on E4M3 numbers have four digits
-_SMALL = 2.0**14  # float32's last place there is E4M3's smallest number, 2^-9
+_INFINITY_E5M2 = 0x7C
 
 
 def e4m3_codes(quotient: Any) -> Any:
     """The nearest E4M3 numbers of numbers from 0 on: numpy float32 -> uint8, of the same shape."""
+    return _small_floats(quotient, 3, 7, LARGEST_E4M3)
+
+
+def _small_floats(quotient: Any, fraction: int, bias: int, largest: float) -> Any:
+    """The nearest numbers of a format with so many fraction bits: as of `e4m3_codes`.
+
+    Args:
+        bias: of the exponent.
+        largest: number of the format; what is beyond becomes it.
+    """
     import numpy as np
 
-    clipped = np.minimum(quotient, np.float32(LARGEST_E4M3))
-    bits = clipped.view(np.uint32)
-    normal = (bits + np.uint32(0x7FFFF) + ((bits >> 20) & 1) >> 20) - (120 << 3)
-    small = (clipped + np.float32(_SMALL)).view(np.uint32) - np.float32(_SMALL).view(np.uint32)
-    return np.where(clipped < _NORMAL, small, normal).astype(np.uint8)
+    clipped = np.minimum(quotient, np.float32(largest))
+    bits, shift = clipped.view(np.uint32), 23 - fraction
+    half = np.uint32((1 << (shift - 1)) - 1)
+    normal = (bits + half + ((bits >> shift) & 1) >> shift) - ((127 - bias) << fraction)
+    # A float32's last place at this number is the format's smallest: adding it rounds to that.
+    moved = np.float32(2.0 ** (24 - bias - fraction))
+    small = (clipped + moved).view(np.uint32) - moved.view(np.uint32)
+    return np.where(clipped < 2.0 ** (1 - bias), small, normal).astype(np.uint8)
 
 
 @host_primitive
@@ -77,8 +90,7 @@ def encode_e4m3(rows: Any, tall: int, wide: int, scales: Any, codes: Any) -> Non
     """
     import numpy as np
 
-    each = np.repeat(np.repeat(scales, tall, 0)[: len(rows)], wide, 1)[:, : rows.shape[1]]
-    code = e4m3_codes(np.abs(rows / each)) | np.where(np.signbit(rows), 0x80, 0).astype(np.uint8)
+    code = e4m3_codes(np.abs(rows / _each(scales, rows, tall, wide))) | _signs(rows)
     codes[:] = np.where(np.isfinite(rows), code, _NAN)
 
 
@@ -87,6 +99,36 @@ def _encode_e4m3_compiled(rows: Any, tall: int, wide: int, scales: Any, codes: A
     from merge_cli.kernels import compiled
 
     compiled.encode_e4m3(rows, tall, wide, scales, codes)
+
+
+@host_primitive
+def encode_e5m2(rows: Any, tall: int, wide: int, scales: Any, codes: Any) -> None:
+    """E5M2 codes of blocks, as `encode_e4m3`; Inf stays Inf."""
+    import numpy as np
+
+    quotient = np.abs(rows / _each(scales, rows, tall, wide))
+    code = _small_floats(quotient, 2, 15, LARGEST_E5M2)
+    code = np.where(np.isinf(rows), np.uint8(_INFINITY_E5M2), code) | _signs(rows)
+    codes[:] = np.where(np.isnan(rows), _NAN, code)
+
+
+@encode_e5m2.compiled
+def _encode_e5m2_compiled(rows: Any, tall: int, wide: int, scales: Any, codes: Any) -> None:
+    from merge_cli.kernels import compiled
+
+    compiled.encode_e5m2(rows, tall, wide, scales, codes)
+
+
+def _each(scales: Any, rows: Any, tall: int, wide: int) -> Any:
+    """The scale of each number."""
+    return scales.repeat(tall, 0)[: len(rows)].repeat(wide, 1)[:, : rows.shape[1]]
+
+
+def _signs(rows: Any) -> Any:
+    """The sign bit of codes of eight bits."""
+    import numpy as np
+
+    return np.where(np.signbit(rows), 0x80, 0).astype(np.uint8)
 
 
 @host_primitive
@@ -160,6 +202,33 @@ def _encode_int4_compiled(values: Any, scales: Any, zeros: Any, codes: Any) -> N
     from merge_cli.kernels import compiled
 
     compiled.encode_int4(values, scales, zeros, codes)
+
+
+@host_primitive
+def encode_affine(values: Any, scales: Any, biases: Any, largest: float, codes: Any) -> None:
+    """Whole numbers from 0 to `largest` that stand for code * scale + bias of their group.
+
+    Args:
+        values: numpy float32 [groups, size].
+        scales, biases: numpy float32 [groups].
+        codes: numpy uint8 like `values`, filled.
+    """
+    import numpy as np
+
+    moved = (values - biases[:, None]) / scales[:, None]
+    moved = np.where(moved > 0, moved, np.float32(0))
+    codes[:] = np.rint(np.where(moved < largest, moved, np.float32(largest)))
+
+
+@encode_affine.compiled
+def _encode_affine_compiled(
+    values: Any, scales: Any, biases: Any, largest: float, codes: Any
+) -> None:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    compiled.encode_affine(values, scales, biases, np.float32(largest), codes)
 
 
 def _paired(code: Any) -> Any:

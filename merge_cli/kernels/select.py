@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
-from merge_cli.kernels.fused import StoredBlock, count_blocks
+from merge_cli.kernels.fused import StoredBlock
 from merge_cli.kernels.keys import (
     KeyCounter,
     RangeCounter,
@@ -29,6 +29,7 @@ from merge_cli.kernels.keys import (
     number,
 )
 from merge_cli.kernels.kth_largest import kth_largest
+from merge_cli.kernels.passes import count_blocks, find_ties
 
 _BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
 _FEW = 8  # keys that are counted one by one, without a histogram
@@ -62,8 +63,13 @@ class Stream(Protocol):
     def map(self, work: Callable[[Iterable[Rows]], T], only: int | None = None) -> list[T]:
         """work(blocks of a span), for every span or one; the results in the spans' order."""
 
-    def map_stored(self, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
-        """work(a span's blocks as they are stored) for every span; None where they are not."""
+    def sample_keys(self, count: int) -> Any:
+        """The keys of such a sample, uint32 [operands, elements]; None: take `sample`."""
+
+    def map_stored(
+        self, work: Callable[[Iterable[StoredBlock]], T], only: int | None = None
+    ) -> list[T] | None:
+        """work(a span's blocks as they are stored); None where they are not."""
 
 
 def kept_count(density: float, size: int) -> int:
@@ -71,7 +77,7 @@ def kept_count(density: float, size: int) -> int:
     return int(Fraction(repr(float(density))) * size)
 
 
-def _trimmed_count(density: float, size: int) -> int:
+def trimmed_count(density: float, size: int) -> int:
     """What trimming keeps: of any density above 0 at least one element."""
     return max(kept_count(density, size), 1) if density > 0 and size else 0
 
@@ -82,7 +88,7 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Magnitude
     Returns:
         One cut for each operand; None where nothing is trimmed (density 1).
     """
-    return exact_cuts([_trimmed_count(density, stream.size) for density in densities], stream)
+    return exact_cuts([trimmed_count(density, stream.size) for density in densities], stream)
 
 
 def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold | None]:
@@ -214,10 +220,13 @@ def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
     import numpy as np
 
     count = min(max(stream.size // _SAMPLE_SHARE, _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
-    blocks = [[keys(row) for row in rows] for rows in stream.sample(count)]
+    samples = stream.sample_keys(count)
+    if samples is None:
+        blocks = [[keys(row) for row in rows] for rows in stream.sample(count)]
+        samples = [np.concatenate(rows) for rows in zip(*blocks, strict=True)]
     searches = {}
     for i, k in requested.items():
-        sample = np.concatenate([rows[i] for rows in blocks])
+        sample = samples[i]
         width = 8 * sample.itemsize - 1
         share = k / stream.size
         # Six standard deviations of a rank in a sample of independent elements; neighbours are
@@ -227,9 +236,10 @@ def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
         low, high = (min(max(int(rank), 0), len(sample) - 1) for rank in ranks)
         ordered = np.sort(sample)  # numpy sorts integers faster than it selects two of them
         bracket = ordered[low : high + 1]
-        candidates = np.unique(bracket[:: max(1, len(bracket) // 4096)])
+        bracket = bracket[:: max(1, len(bracket) // 4096)]
+        steps = np.flatnonzero(bracket[1:] != bracket[:-1]) + 1
         # Differences of 16-bit weights take few values: then one of these is the threshold.
-        few = candidates.tolist() if len(candidates) <= _FEW else []
+        few = [int(bracket[0]), *bracket[steps].tolist()] if len(steps) < _FEW else []
         searches[i] = _Search(k, int(ordered[low]), int(ordered[high]), width, few)
     return searches
 
@@ -277,15 +287,19 @@ def _last_ties(searches: dict[int, _Search], stream: Stream) -> dict[int, int]:
     result: dict[int, int] = {}
     thresholds = {i: search.threshold for i, search in searches.items()}
     for span, ordinals in by_span.items():
-        find = partial(_find, thresholds, ordinals, stream.starts[span])
-        result |= stream.map(find, only=span)[0]
+        offset = stream.starts[span]
+        stored = partial(find_ties, thresholds=thresholds, ordinals=ordinals)
+        indexes = stream.map_stored(stored, only=span)
+        if indexes is None:
+            indexes = stream.map(partial(_find, thresholds, ordinals), only=span)
+        result |= {i: offset + index for i, index in indexes[0].items()}
     return result
 
 
 def _find(
-    thresholds: dict[int, float], ordinals: dict[int, int], offset: int, blocks: Iterable[Rows]
+    thresholds: dict[int, float], ordinals: dict[int, int], blocks: Iterable[Rows]
 ) -> dict[int, int]:
-    ordinals_left, result = dict(ordinals), {}
+    ordinals_left, result, offset = dict(ordinals), {}, 0
     for rows in blocks:
         for i, ordinal in tuple(ordinals_left.items()):
             index = find_tie(rows[i], thresholds[i], ordinal)

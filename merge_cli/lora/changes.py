@@ -12,8 +12,8 @@ from merge_cli.lora.adapter import (
     Parts,
     sort_contents,
 )
+from merge_cli.lora.application import apply_adapter
 from merge_cli.lora.expert_factors import PatchedTensor
-from merge_cli.lora.targets import apply_adapter
 from merge_cli.lora.update import UpdatedTensor
 
 _MERGE = "Merge the models themselves: `BASE+ADAPTER`, without `output: adapter`."

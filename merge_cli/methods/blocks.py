@@ -5,7 +5,7 @@ And which sources a formula runs over (`operand_specs`): those that are listed, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -96,14 +96,16 @@ class TensorBlocks(Blocks, Protocol):
         """Every block in order, read by the calling thread alone."""
 
 
-def map_stored(blocks: Blocks, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
-    """work(a span's blocks as they are stored) for every span, in one compiled loop each.
+def map_stored(
+    blocks: Blocks, work: Callable[[Iterable[StoredBlock]], T], only: int | None = None
+) -> list[T] | None:
+    """work(a span's blocks as they are stored) for every span or one, in a compiled loop each.
 
     None where the blocks do not lie in the host's memory as bfloat16, float16 or float32: then
     `blocks.map` gives them decoded.
     """
     stored = getattr(blocks, "map_stored", None)  # the engine's readers alone have it
-    return None if stored is None else stored(work)
+    return None if stored is None else stored(work, only)
 
 
 def _operands(block: Block) -> list[Array]:
@@ -129,10 +131,14 @@ class RowStream:
     def starts(self) -> Sequence[int]:
         return self.blocks.starts
 
-    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
-        if self.rows is not _operands:
-            return None
-        return map_stored(self.blocks, work)
+    def map_stored(
+        self, work: Callable[[Iterable[StoredBlock]], T], only: int | None = None
+    ) -> list[T] | None:
+        return map_stored(self.blocks, work, only) if self.rows is _operands else None
+
+    def sample_keys(self, count: int) -> Any:
+        sample = getattr(self.blocks, "sample_keys", None)  # likewise
+        return sample(count) if sample is not None and self.rows is _operands else None
 
     def sample(self, count: int) -> Iterator[list[Array]]:
         return map(self.rows, self.blocks.sample(count))

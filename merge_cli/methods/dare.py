@@ -15,7 +15,13 @@ from merge_cli.methods.blocks import Span, TensorBlocks
 from merge_cli.methods.consensus import Elect, disjoint_merge, divisor_of, linear_sum
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.sparsification import RandomDrop, Rescale, count_kept, random_drop
+from merge_cli.methods.sparsification import (
+    RandomDrop,
+    Rescale,
+    count_kept,
+    drop_by_density,
+    random_drop,
+)
 
 
 def decide(
@@ -23,6 +29,11 @@ def decide(
 ) -> RandomDrop:
     """The masks' chances and factors."""
     return random_drop(tensor, density, rescale)
+
+
+def _unread(density: Sequence[float], rescale: Rescale) -> RandomDrop | None:
+    """`decide`, where it needs no norms."""
+    return None if rescale == "l1" else drop_by_density(density, rescale)
 
 
 _SHARED: dict[str, Any] = {
@@ -68,7 +79,23 @@ def fused_ties(
     )
 
 
-@merge_method("dare", aliases=("dare_linear",), fused=fused, **_SHARED)
+def fused_unread(
+    at: Span, size: int | None, model: None, *, density: Any, rescale: Rescale, **parameters: Any
+) -> FusedForm | None:
+    """The same before the tensor is read."""
+    prepared = _unread(density, rescale)
+    return None if prepared is None else fused(at, prepared, **parameters)
+
+
+def fused_ties_unread(
+    at: Span, size: int | None, model: None, *, density: Any, rescale: Rescale, **parameters: Any
+) -> FusedForm | None:
+    """dare_ties's before the tensor is read."""
+    prepared = _unread(density, rescale)
+    return None if prepared is None else fused_ties(at, prepared, **parameters)
+
+
+@merge_method("dare", aliases=("dare_linear",), fused=fused, fused_unread=fused_unread, **_SHARED)
 def dare(
     base: Array,
     deltas: list[Array],
@@ -96,7 +123,7 @@ def dare(
     return add_scaled(base, lambda_, mixed)
 
 
-@merge_method("dare_ties", fused=fused_ties, **_SHARED)
+@merge_method("dare_ties", fused=fused_ties, fused_unread=fused_ties_unread, **_SHARED)
 def dare_ties(
     base: Array,
     deltas: list[Array],

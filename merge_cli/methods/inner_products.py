@@ -8,12 +8,13 @@ of the tensor. Sums are float64 and do not depend on blocks (see `kernels.reduce
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from merge_cli.kernels import reduce
 from merge_cli.kernels.backend import Array, like, to_numpy
-from merge_cli.kernels.fused import StoredBlock, dot_products
+from merge_cli.kernels.fused import StoredBlock
+from merge_cli.kernels.passes import dot_products
 from merge_cli.kernels.reduce import dot_runs, exact_sum
 from merge_cli.methods.blocks import Block, TensorBlocks, load_whole, map_stored
 
@@ -32,9 +33,8 @@ def gram_matrix(tensor: TensorBlocks) -> Any:
                 result.setdefault((i, j), []).extend(runs)
         return list(result.values())
 
-    def stored_products(blocks: Iterator[StoredBlock]) -> list[list[float]]:
-        runs = [dot_products(block, reduce.BLOCK_MULTIPLE) for block in blocks]
-        return [[float(x) for part in pair for x in part] for pair in zip(*runs, strict=True)]
+    def stored_products(blocks: Iterable[StoredBlock]) -> list[list[float]]:
+        return dot_products(blocks, reduce.BLOCK_MULTIPLE)
 
     spans = map_stored(tensor, stored_products)
     if spans is None:

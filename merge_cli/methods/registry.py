@@ -95,6 +95,9 @@ class Method:
             arrays as well as tensors: then a merge on a CPU runs compiled and does without torch.
         fused: `fused(at, prepared, **parameters)` -> the formula as `kernels.fused` computes it in
             one compiled loop, with the same bits: for a tensor whose elements are stored plainly.
+        fused_unread: `fused_unread(at, size, model_pass, **parameters)` -> the same before
+            `tensor_pass`, for a tensor of which nothing must be known first, or None. `size` says
+            that the tensor is merged in one block: then the loop ranks its magnitudes itself.
         searches: what is merged, and with which parameters, is searched first.
         automatic: several methods are tried first, and the best of them merges.
         is_short_form: a recipe that names it is read into one of another method.
@@ -120,6 +123,7 @@ class Method:
     resolve_variant: Callable[[Recipe], Method | None] | None = None
     supports_numpy: bool = False
     fused: Callable[..., FusedForm] | None = None
+    fused_unread: Callable[..., FusedForm | None] | None = None
     searches: bool = False
     automatic: bool = False
     is_short_form: bool = False
@@ -202,6 +206,7 @@ def merge_method(
     resolve_variant: Callable[[Recipe], Method | None] | None = None,
     supports_numpy: bool = False,
     fused: Callable[..., FusedForm] | None = None,
+    fused_unread: Callable[..., FusedForm | None] | None = None,
     gathers: Kind | Literal[""] = "",
     base_is_source: bool = False,
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None,
@@ -239,6 +244,7 @@ def merge_method(
             resolve_variant=resolve_variant,
             supports_numpy=supports_numpy,
             fused=fused,
+            fused_unread=fused_unread,
             gathers=gathers,
             base_is_source=base_is_source,
             averages_base=averages_base,

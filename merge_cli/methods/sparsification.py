@@ -115,12 +115,17 @@ def random_drop(tensor: TensorBlocks, density: Sequence[float], rescale: Rescale
     The factor is 1/density (0 where nothing is kept), which keeps the expectation; or, for `l1`,
     the L1 norm before over the L1 norm after, as in mergekit (0 where nothing survived).
     """
-    if rescale in ("density", True):
-        return RandomDrop(density, [1.0 / share if share else 0.0 for share in density])
-    if rescale in ("none", False):
-        return RandomDrop(density)
+    if rescale != "l1":
+        return drop_by_density(density, rescale)
     norms = _l1_norms(tensor, RandomDrop(density).apply)
     return RandomDrop(density, [before / after if after else 0.0 for before, after in norms])
+
+
+def drop_by_density(density: Sequence[float], rescale: Rescale) -> RandomDrop:
+    """`random_drop` for any tensor: every rescaling but `l1`."""
+    if rescale in ("density", True):
+        return RandomDrop(density, [1.0 / share if share else 0.0 for share in density])
+    return RandomDrop(density)
 
 
 @dataclass(frozen=True)

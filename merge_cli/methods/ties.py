@@ -8,7 +8,7 @@ before the merge, in streamed passes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from merge_cli.errors import UsageError
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.cut import ALL_TIES, Cuts, MagnitudeThreshold, trimmed
 from merge_cli.kernels.elect import DivideBy, disjoint_mean
-from merge_cli.kernels.fused import Election, FusedForm
+from merge_cli.kernels.fused import Election, FusedForm, Ranks
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
-from merge_cli.kernels.select import magnitude_cuts
+from merge_cli.kernels.select import magnitude_cuts, trimmed_count
 from merge_cli.methods.blocks import Block, ModelBlocks, RowStream, Span, TensorBlocks
 from merge_cli.methods.consensus import Elect
 from merge_cli.methods.parameters import Density, PerModel, each
@@ -151,6 +151,32 @@ def fused(
     )
 
 
+def fused_unread(
+    at: Span,
+    size: int | None,
+    model: WholeModel | None,
+    *,
+    density: Sequence[float | None],
+    semantics: Semantics,
+    rescale: RescaleL1,
+    **parameters: Any,
+) -> FusedForm | None:
+    """The same before the tensor is read, where its cuts are known or found in the loop."""
+    if rescale in ("l1", True):
+        return None
+    cuts = model.cuts.get(at.name) if model else None
+    if cuts is None and size is None:
+        return None
+    zero_sign = 1.0 if model is None or model.zero_sign is None else model.zero_sign
+    shares = rules(semantics, density).density
+    prepared = TiesTrim([None] * len(shares) if cuts is None else cuts, None, zero_sign)
+    form = fused(at, prepared, density=density, semantics=semantics, **parameters)
+    if cuts is not None or size is None:
+        return form
+    kept = [trimmed_count(share, size) for share in shares]
+    return replace(form, drop=Ranks([None if count >= size else count for count in kept]))
+
+
 @merge_method(
     "ties",
     paper="arXiv:2306.01708",
@@ -160,6 +186,7 @@ def fused(
     ranks_magnitudes=True,
     supports_numpy=True,
     fused=fused,
+    fused_unread=fused_unread,
 )
 def ties(
     base: Array,

@@ -281,7 +281,8 @@ def _notes(coded: Sequence[TensorTask], total: int) -> Iterator[str]:
     ways: dict[str, list[TensorTask]] = {}
     for task in coded:
         assert task.encoding is not None
-        name = {"F8_E4M3": "fp8"}.get(task.encoding.label, task.encoding.label)
+        names = {"F8_E4M3": "fp8", "F8_E5M2": "fp8 (E5M2)"}
+        name = names.get(task.encoding.label, task.encoding.label)
         way = f"written in {name}, with {task.encoding.described}"
         if isinstance(task.encoding, Verbatim):
             way = "copied byte for byte in their format"

@@ -28,9 +28,9 @@ from merge_cli.formats.dcp.storage import OpenFile
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import Adapter, open_adapter
+from merge_cli.lora.application import apply_adapter
 from merge_cli.lora.config import base_note
 from merge_cli.lora.heads import changed_config
-from merge_cli.lora.targets import apply_adapter
 from merge_cli.recipe.reference import (
     HUB,
     ModelRef,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import merge_cli
-from merge_cli.adapters import factors
+from merge_cli.adapters import threads
 from merge_cli.adapters.factors import RankTruncation, factorise, recombine
 from merge_cli.errors import MergeCliError, MismatchError, UsageError
 from merge_cli.options import MergeOptions
@@ -373,9 +373,9 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_threads_are_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "usable_cores", lambda: 64)
-    monkeypatch.setattr(factors, "free_memory", lambda: 16e9)
-    assert factors.threads_for([(100, 200)]) == 64
-    assert factors.threads_for([(100, 200)], 3) == 3
-    assert factors.threads_for([(8192, 28672), (10, 10)]) == 1  # 4 GB each
-    assert factors.threads_for([(4096, 4096)]) == 11
+    monkeypatch.setattr(threads, "usable_cores", lambda: 64)
+    monkeypatch.setattr(threads, "free_memory", lambda: 16e9)
+    assert threads.threads_for([(100, 200)]) == 64
+    assert threads.threads_for([(100, 200)], 3) == 3
+    assert threads.threads_for([(8192, 28672), (10, 10)]) == 1  # 4 GB each
+    assert threads.threads_for([(4096, 4096)]) == 11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ import merge_cli
 from merge_cli.engine import loop, memory, operands
 from merge_cli.engine import pool as workers
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import UsageError
@@ -134,14 +134,16 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
     for stop in (1, 5, 20):
         interrupt(recipe, tmp_path / "out", stop)
         assert not (tmp_path / "out").exists()
-    computed = []
-    real = MergeExecutor._merge_chunk
+    computed: list[tuple[int, TensorStats]] = []
+    real = Journal.record
+
+    def record(self: Journal, merged: Iterable[tuple[int, TensorStats]]) -> None:
+        chunks = list(merged)
+        computed.extend(chunks)
+        real(self, chunks)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            MergeExecutor,
-            "_merge_chunk",
-            lambda self, *rest: (computed.append(rest[-1]), real(self, *rest))[1],
-        )
+        patch.setattr(Journal, "record", record)
         result = merge_cli.merge(recipe, tmp_path / "out")
     plan = merge_cli.plan(recipe)
     assert 0 < len(computed) < len(cut_chunks(plan.tasks)) - 15

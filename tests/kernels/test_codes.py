@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from merge_cli.kernels import compiled
-from merge_cli.kernels.codes import look_up, scale_groups, scaled_parts, spread
+from merge_cli.kernels.codes import look_up, scale_groups, spread
 
 pytestmark = pytest.mark.skipif(bool(compiled.available()), reason=compiled.available())
 RANDOM = np.random.default_rng(0)
@@ -62,15 +62,3 @@ def test_groups_are_scaled(rows: int, groups: int, width: int) -> None:
     before = strided.copy()
     scale_groups(strided, np.full((1, groups), 2, np.float32))
     np.testing.assert_array_equal(strided, 2 * before)
-
-
-@pytest.mark.parametrize("offset", [0, 8, 128])
-@pytest.mark.parametrize(("parts", "width"), [(1, 32), (8, 32), (16, 16)])
-def test_parts_of_blocks(offset: int, parts: int, width: int) -> None:
-    codes, scales, leasts = noise(6, parts * width), floats(6, parts), floats(6, parts)
-    numbers = codes.reshape(6, parts, width).astype(np.float64) - offset
-    for least in (None, leasts):
-        found = scaled_parts(codes, offset, scales, least)
-        np.testing.assert_array_equal(found, scaled_parts.reference(codes, offset, scales, least))
-        exact = numbers * scales[:, :, None] - (0 if least is None else least[:, :, None])
-        np.testing.assert_allclose(found.reshape(exact.shape), exact, rtol=1e-6, atol=1e-5)

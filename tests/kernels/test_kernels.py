@@ -54,10 +54,14 @@ class Values:
         numbers = range(len(self.starts) - 1) if only is None else [only]
         return [work(self.blocks(self.starts[i], self.starts[i + 1])) for i in numbers]
 
-    def map_stored(self, work: Any) -> list[Any] | None:
+    def sample_keys(self, count: int) -> None:
+        return None
+
+    def map_stored(self, work: Any, only: int | None = None) -> list[Any] | None:
         if not self.stored:
             return None
-        spans = itertools.pairwise(self.starts)
+        spans = [*itertools.pairwise(self.starts)]
+        spans = spans if only is None else [spans[only]]
         return [work(map(self.stored_block, self.blocks(*span))) for span in spans]
 
     def stored_block(self, rows: list[Any]) -> StoredBlock:

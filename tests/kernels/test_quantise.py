@@ -103,6 +103,38 @@ def test_e4m3_of_blocks_is_torchs(values: np.ndarray, tall: int, wide: int) -> N
     assert (codes[~known] == 0x7F).all()
 
 
+@slow_first_call
+@given(groups, st.integers(1, 3), st.sampled_from([1, 5, 40]))
+def test_e5m2_of_blocks_is_torchs(values: np.ndarray, tall: int, wide: int) -> None:
+    grid = (-(-len(values) // tall), -(-values.shape[1] // wide))
+    (largest,) = both(quantise.block_largest, values, tall, wide, outs=[np.empty(grid, "f4")])
+    scales = np.maximum(largest / np.float32(57344), np.float32(2**-126))
+    empty = np.empty(values.shape, np.uint8)
+    (codes,) = both(quantise.encode_e5m2, values, tall, wide, scales, outs=[empty])
+    each = scales.repeat(tall, 0)[: len(values)].repeat(wide, 1)[:, : values.shape[1]]
+    with np.errstate(all="ignore"):
+        quotient = values / each
+    finite = np.isfinite(values)
+    clipped = np.where(finite, np.clip(quotient, -57344, 57344), quotient)
+    theirs = torch.from_numpy(clipped).to(torch.float8_e5m2).view(torch.uint8).numpy()
+    known = ~np.isnan(values)
+    np.testing.assert_array_equal(codes[known], theirs[known])
+    assert (codes[~known] == 0x7F).all()
+
+
+@slow_first_call
+@given(groups, st.floats(-(2.0**10), 2.0**10, width=32), st.sampled_from([3, 7, 255]))
+def test_affine_codes_are_the_nearest(values: np.ndarray, bias: float, largest: int) -> None:
+    scales = np.where(np.arange(len(values)) % 2, 0.75, -3).astype(np.float32)
+    biases = np.full(len(values), bias, np.float32)
+    arguments = values, scales, biases, float(largest)
+    (codes,) = both(quantise.encode_affine, *arguments, outs=[np.empty(values.shape, np.uint8)])
+    with np.errstate(all="ignore"):
+        quotient = (values - biases[:, None]) / scales[:, None]
+    known = ~np.isnan(quotient)
+    np.testing.assert_array_equal(codes[known], np.rint(np.clip(quotient[known], 0, largest)))
+
+
 @pytest.mark.parametrize("size", [16, 2048, 5000])
 def test_groups_of_any_size(size: int) -> None:
     """Many small groups, and one that is longer than a batch."""

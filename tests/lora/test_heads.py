@@ -11,8 +11,8 @@ import pytest
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.errors import MismatchError, SourceError
+from merge_cli.lora.application import AppliedAdapter, apply_adapter
 from merge_cli.lora.heads import changed_config, find_embedding_and_head
-from merge_cli.lora.targets import AppliedAdapter, apply_adapter
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 PREFIX = "base_model.model."

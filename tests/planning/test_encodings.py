@@ -52,6 +52,7 @@ def quantised(
 
 
 E4M3 = torch.randn(256, 128, generator=torch.Generator().manual_seed(5)).to(torch.float8_e4m3fn)
+E5M2 = E4M3.float().to(torch.float8_e5m2)
 ONE = torch.ones(())
 CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 COMPRESSED = {
@@ -96,6 +97,12 @@ FORMS: dict[str, tuple[dict[str, torch.Tensor], Any]] = {
     ),
     "without scales": ({"weight": E4M3}, None),
     "ComfyUI": ({"weight": E4M3, "scale_weight": torch.tensor([0.5])}, None),
+    "E5M2 without scales": ({"weight": E5M2}, None),
+    "E5M2 of ComfyUI": ({"weight": E5M2, "scale_weight": torch.tensor(0.001)}, None),
+    "E5M2 by blocks": (
+        {"weight": E5M2, "weight_scale_inv": torch.rand(2, 1) / 100 + 0.001},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"},
+    ),
     "NVFP4 of ModelOpt": (NVFP4, MODELOPT),
 }  # fmt: skip
 
@@ -112,7 +119,8 @@ def test_same_keeps_the_form(tmp_path: Path, form: str) -> None:
     assert about(out) == about(tmp_path / "q")
     exact = (numbers_of(tmp_path / "q")[f"{UP}.weight"] + stored_twin(tmp_path)) / 2
     difference = (numbers_of(out)[f"{UP}.weight"] - exact).abs()
-    coarse = 1 / 6 if "NVFP4" in form else 1 / 16  # half a step, and a rounded scale
+    # Half a step, and a rounded scale.
+    coarse = 1 / 6 if "NVFP4" in form else 1 / 8 if "E5M2" in form else 1 / 16
     largest = exact.abs().max() if "NVFP4" in form else exact.abs()
     assert (difference <= largest * coarse * 1.02 + exact.abs().max() * 2**-9).all()
     if form == "powers of two":
@@ -161,7 +169,6 @@ def test_a_single_file_of_comfyui_comes_out_as_it_was(tmp_path: Path) -> None:
 
 
 UNWRITTEN: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
-    "E5M2": ({"weight": E4M3.float().to(torch.float8_e5m2)}, None, "E5M2 is not written"),
     "columns": (
         {"weight": E4M3, "weight_scale": torch.rand(1, 128) + 0.1},
         {"quant_method": "fbgemm_fp8"},

@@ -65,6 +65,7 @@ class ForkServer:
         )
         theirs.close()
         self._answers = self._socket.makefile("r")
+        assert self._answers.readline() == "ready\n", "it has ended: its stderr says why"
         atexit.register(self._end)
 
     def serves(self, environment: Mapping[str, str]) -> bool:

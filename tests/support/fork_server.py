@@ -6,8 +6,9 @@ A fresh interpreter spends two to four seconds on importing torch, numba and tra
 has them, and is a process like any other: its arguments, environment, folder, standard streams,
 signals and exit code are its own. `command.cli` is the client.
 
-Over the socket DESCRIPTOR come requests, each a line of JSON with the three standard streams
-beside it; back go two lines, the number of the process and its exit code.
+When it is ready it sends a line over the socket DESCRIPTOR. Then come requests, each a line of JSON
+with the three standard streams beside it; back go two lines, the number of the process and its exit
+code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import socket
 import sys
 import threading
@@ -26,14 +28,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import typer
+
+import merge_cli
+from merge_cli.kernels.compiled.kernel import available
+from tests.support.compiled import kernels
 from tests.support.paths import ROOT
 
-# What commands import when they run, in one way or another.
+# What commands import when they run, in one way or another, beside the whole package.
 MODULES = (
-    "numba", "safetensors.torch", "torch", "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama", "merge_cli.api", "merge_cli.cli",
-    "merge_cli.comparison.run", "merge_cli.evaluation.run", "merge_cli.kernels.compiled",
+    "jinja2", "numba", "rich.progress", "rich.table", "safetensors.torch", "torch",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
+# One starts a command; the other needs Triton, which is not everywhere.
+NOT_IMPORTED = ("merge_cli.__main__", "merge_cli.kernels.triton_kernels")
+
+
+def prepare() -> None:
+    """Import what commands import and load what numba has compiled: most of a small merge.
+
+    Nothing is called that starts a thread, because none may run when this process forks.
+    """
+    for name in MODULES:
+        importlib.import_module(name)
+    for module in pkgutil.walk_packages(merge_cli.__path__, "merge_cli."):
+        if module.name not in NOT_IMPORTED:
+            importlib.import_module(module.name)
+    if not available():
+        for kernel in kernels():
+            kernel.load()
+    read_arguments()
+    assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()  # a collection would touch, and so copy, everything that a fork shares with us
+
+
+def read_arguments() -> None:
+    """typer imports as much again when it reads the first option."""
+    command = typer.Typer()
+    command.command()(_nothing)
+    command(["--number", "1"], standalone_mode=False)
+
+
+def _nothing(number: int = 0) -> None:
+    pass
 
 
 def serve(connection: socket.socket) -> list[str] | None:
@@ -111,9 +149,8 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for name in MODULES:  # and nothing else: no thread of ours may run when this process forks
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection would touch, and so copy, everything that a fork shares with us
-    command = serve(socket.socket(fileno=int(sys.argv[1])))
+    prepare()
+    client = socket.socket(fileno=int(sys.argv[1]))
+    client.sendall(b"ready\n")
+    command = serve(client)
     leave(0 if command is None else run(command))

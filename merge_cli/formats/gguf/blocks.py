@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
-from merge_cli.kernels.codes import scaled_parts, spread
+from merge_cli.kernels.backend import host_backend
+from merge_cli.kernels.codes import spread
 
-_AT_ONCE = 2**16  # elements: what decoding holds besides its result stays in the cache
+_AT_ONCE = 2**18  # elements: what is held besides the result is less than that
 
 # uint8 [blocks, bytes of a block] -> float32 [blocks, elements of a block]
 Decode = Callable[[Any], Any]
@@ -31,7 +32,7 @@ class BlockType(NamedTuple):
     Attributes:
         number: what the file calls it.
         elements, nbytes: of a block.
-        decode: numbers of blocks.
+        plain: numbers of blocks in numpy: what a compiled decoder is compared with.
         dtype: safetensors' name where a block is one float; empty otherwise.
     """
 
@@ -39,8 +40,22 @@ class BlockType(NamedTuple):
     name: str
     elements: int
     nbytes: int
-    decode: Decode
+    plain: Decode
     dtype: str = ""
+
+    def decode(self, raw: Any, out: Any) -> None:
+        """The numbers of blocks.
+
+        Args:
+            raw: numpy uint8 [blocks, bytes of a block].
+            out: numpy float32 [blocks, elements of a block], filled.
+        """
+        if self.dtype or host_backend() == "numpy":
+            out[:] = self.plain(raw)
+            return
+        from merge_cli.kernels import compiled
+
+        getattr(compiled, self.name.lower())(raw, out)
 
 
 @dataclass(frozen=True)
@@ -100,9 +115,13 @@ class DequantizedBlocks:
             first, last = begin // kind.elements, -(-(begin + len(part)) // kind.elements)
             raw = np.empty((last - first, kind.nbytes), np.uint8)
             read(self.blocks, first * kind.nbytes, raw.reshape(-1).data)
+            inside = begin - first * kind.elements
+            is_whole = len(part) == (last - first) * kind.elements
+            numbers = part if is_whole else np.empty((last - first) * kind.elements, np.float32)
             with np.errstate(invalid="ignore", over="ignore"):  # the engine stops at NaN and Inf
-                numbers = kind.decode(raw).reshape(-1)
-            part[:] = numbers[begin - first * kind.elements :][: len(part)]
+                kind.decode(raw, numbers.reshape(-1, kind.elements))
+            if not is_whole:
+                part[:] = numbers[inside:][: len(part)]
 
 
 def _cut(raw: Any, *lengths: int) -> list[Any]:
@@ -127,35 +146,54 @@ def _floats(codes: Any) -> Any:
     return codes.astype(np.float32)
 
 
+def _scaled(codes: Any, offset: int, scales: Any, leasts: Any = None) -> Any:
+    """scale * (code - offset) - least, by parts of blocks.
+
+    Args:
+        codes: numpy uint8 [blocks, codes of a block].
+        scales, leasts: numpy float32 [blocks, parts]; parts are of one length. No leasts: 0.
+
+    Returns:
+        numpy float32 like the codes.
+    """
+    import numpy as np
+
+    numbers = codes.astype(np.float32) - np.float32(offset)
+    parts = scales[:, :, None] * numbers.reshape(*scales.shape, -1)
+    if leasts is not None:
+        parts -= leasts[:, :, None]
+    return parts.reshape(codes.shape)
+
+
 def _q4_0(raw: Any) -> Any:
     """Scale (f16), 16 bytes of codes."""
     scale, codes = _cut(raw, 2, 16)
-    return scaled_parts(spread(codes, 4, 16), 8, _half(scale))
+    return _scaled(spread(codes, 4, 16), 8, _half(scale))
 
 
 def _q4_1(raw: Any) -> Any:
     """Scale and least number (f16), 16 bytes of codes."""
     scale, least, codes = _cut(raw, 2, 2, 16)
-    return scaled_parts(spread(codes, 4, 16), 0, _half(scale), -_half(least))
+    return _scaled(spread(codes, 4, 16), 0, _half(scale), -_half(least))
 
 
 def _q5_0(raw: Any) -> Any:
     """Scale (f16), the fifth bits, 16 bytes of codes."""
     scale, fifth, codes = _cut(raw, 2, 4, 16)
-    return scaled_parts(spread(codes, 4, 16) | spread(fifth, 1) << 4, 16, _half(scale))
+    return _scaled(spread(codes, 4, 16) | spread(fifth, 1) << 4, 16, _half(scale))
 
 
 def _q5_1(raw: Any) -> Any:
     """Scale and least number (f16), the fifth bits, 16 bytes of codes."""
     scale, least, fifth, codes = _cut(raw, 2, 2, 4, 16)
     complete = spread(codes, 4, 16) | spread(fifth, 1) << 4
-    return scaled_parts(complete, 0, _half(scale), -_half(least))
+    return _scaled(complete, 0, _half(scale), -_half(least))
 
 
 def _q8_0(raw: Any) -> Any:
     """Scale (f16), 32 signed bytes."""
     scale, codes = _cut(raw, 2, 32)
-    return scaled_parts(codes ^ 128, 128, _half(scale))
+    return _scaled(codes ^ 128, 128, _half(scale))
 
 
 def _q2_k(raw: Any) -> Any:
@@ -163,7 +201,7 @@ def _q2_k(raw: Any) -> Any:
     both, codes, scale, least = _cut(raw, 16, 64, 2, 2)
     scales = _half(scale) * _floats(both & 15)
     leasts = _half(least) * _floats(both >> 4)
-    return scaled_parts(spread(codes, 2, 32), 0, scales, leasts)
+    return _scaled(spread(codes, 2, 32), 0, scales, leasts)
 
 
 def _q3_k(raw: Any) -> Any:
@@ -178,7 +216,7 @@ def _q3_k(raw: Any) -> Any:
     lower, upper = _cut(packed, 8, 4)
     signed = (spread(lower, 4, 8) | spread(upper, 2, 4) << 4).view(np.int8) - np.int8(32)
     complete = spread(codes, 2, 32) | spread(third, 1, 32) << 2
-    return scaled_parts(complete, 4, _half(scale) * _floats(signed))
+    return _scaled(complete, 4, _half(scale) * _floats(signed))
 
 
 def _scales_and_leasts(packed: Any) -> tuple[Any, Any]:
@@ -199,7 +237,7 @@ def _q4_k(raw: Any) -> Any:
     """Two f16 for 8 scales and 8 least numbers, those in 12 bytes, codes of 4 bits."""
     scale, least, packed, codes = _cut(raw, 2, 2, 12, 128)
     scales, leasts = _scales_and_leasts(packed)
-    return scaled_parts(spread(codes, 4, 32), 0, _half(scale) * scales, _half(least) * leasts)
+    return _scaled(spread(codes, 4, 32), 0, _half(scale) * scales, _half(least) * leasts)
 
 
 def _q5_k(raw: Any) -> Any:
@@ -207,7 +245,7 @@ def _q5_k(raw: Any) -> Any:
     scale, least, packed, fifth, codes = _cut(raw, 2, 2, 12, 32, 128)
     scales, leasts = _scales_and_leasts(packed)
     complete = spread(codes, 4, 32) | spread(fifth, 1, 32) << 4
-    return scaled_parts(complete, 0, _half(scale) * scales, _half(least) * leasts)
+    return _scaled(complete, 0, _half(scale) * scales, _half(least) * leasts)
 
 
 def _q6_k(raw: Any) -> Any:
@@ -216,7 +254,7 @@ def _q6_k(raw: Any) -> Any:
 
     lower, upper, signed, scale = _cut(raw, 128, 64, 16, 2)
     scales = _half(scale) * _floats(signed.view(np.int8))
-    return scaled_parts(spread(lower, 4, 64) | spread(upper, 2, 32) << 4, 32, scales)
+    return _scaled(spread(lower, 4, 64) | spread(upper, 2, 32) << 4, 32, scales)
 
 
 def _f32(raw: Any) -> Any:

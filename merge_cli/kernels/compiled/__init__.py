@@ -8,18 +8,26 @@ over chunks that stay in the L1 cache where several passes follow one another. I
 start at 0, or the compiler looks out for negative ones.
 """
 
-from merge_cli.kernels.compiled.codes import (
-    look_up,
-    scale_groups,
-    scaled_parts,
-    spread_bytes,
-    spread_runs,
+from merge_cli.kernels.compiled.blocks import (
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
 )
+from merge_cli.kernels.compiled.codes import look_up, scale_groups, spread_bytes
 from merge_cli.kernels.compiled.election import disjoint_mean
 from merge_cli.kernels.compiled.encoders import (
     block_largest,
+    encode_affine,
     encode_e2m1,
     encode_e4m3,
+    encode_e5m2,
     encode_int4,
     group_extremes,
 )
@@ -35,6 +43,8 @@ from merge_cli.kernels.compiled.fused import (
     TOO_LARGE,
     count_stored,
     dot_stored,
+    find_stored,
+    keys_stored,
     measure_stored,
     merge_disjoint,
     merge_linear,
@@ -50,9 +60,23 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
-from merge_cli.kernels.compiled.ranks import kth_largest
+from merge_cli.kernels.compiled.pieces import read_pieces
+from merge_cli.kernels.compiled.products import (
+    combine_rows,
+    gram_product,
+    orthonormalise,
+    project_rows,
+)
+from merge_cli.kernels.compiled.ranks import kth_largest, rank_stored
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
-from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
+from merge_cli.kernels.compiled.singular import eigenvalues, own_products, reflect, tridiagonal
+from merge_cli.kernels.compiled.streams import (
+    count_stream,
+    dot_stream,
+    find_stream,
+    merge_streams,
+    sample_stream,
+)
 from merge_cli.kernels.compiled.sums import (
     absolute_runs,
     add_scaled,
@@ -61,6 +85,7 @@ from merge_cli.kernels.compiled.sums import (
     weighted_sum,
 )
 from merge_cli.kernels.compiled.tiles import BF16, COUNT, F16, FLOAT32, NOTHING, WEIGHTS
+from merge_cli.kernels.compiled.turned import turned_eights, turned_fp4, turned_words
 
 __all__ = [
     "BF16",
@@ -76,6 +101,7 @@ __all__ = [
     "add_scaled",
     "available",
     "block_largest",
+    "combine_rows",
     "count_kept",
     "count_keys",
     "count_masked",
@@ -83,37 +109,63 @@ __all__ = [
     "count_relations",
     "count_signs",
     "count_stored",
+    "count_stream",
     "decode_bf16",
     "decode_f16",
     "disjoint_mean",
     "dot_runs",
     "dot_stored",
+    "dot_stream",
     "drop",
     "eigenvalues",
+    "encode_affine",
     "encode_bf16",
     "encode_e2m1",
     "encode_e4m3",
+    "encode_e5m2",
     "encode_f16",
     "encode_int4",
+    "find_stored",
+    "find_stream",
     "find_tie",
     "gram",
+    "gram_product",
     "group_extremes",
     "key_of_rank",
+    "keys_stored",
     "kth_largest",
     "look_up",
     "low_rank_product",
     "measure_stored",
     "merge_disjoint",
     "merge_linear",
+    "merge_streams",
     "non_finite",
     "not_empty",
+    "orthonormalise",
     "own_products",
+    "project_rows",
+    "q2_k",
+    "q3_k",
+    "q4_0",
+    "q4_1",
+    "q4_k",
+    "q5_0",
+    "q5_1",
+    "q5_k",
+    "q6_k",
+    "q8_0",
     "quick_change",
+    "rank_stored",
+    "read_pieces",
+    "sample_stream",
+    "reflect",
     "scale_groups",
-    "scaled_parts",
     "spread_bytes",
-    "spread_runs",
     "tridiagonal",
     "trim",
+    "turned_eights",
+    "turned_fp4",
+    "turned_words",
     "weighted_sum",
 ]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CHUNK, F32, INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import (
+    CHUNK,
+    F32,
+    INFINITY,
+    MAGNITUDE,
+    U32,
+    float_of,
+    kernel,
+    part,
+)
 
 _SIGN = np.int32(-(2**31))
 _ROUND = F32(12582912.0)  # 1.5 * 2^23: adding it leaves whole numbers, nearest, ties to even
@@ -26,32 +35,61 @@ def block_largest(rows, tall, wide, largest):
             largest.view(np.uint32)[first // tall, number] = best
 
 
-@kernel("void(f4[:, ::1], i8, i8, f4[:, ::1], u1[:, ::1])")
-def encode_e4m3(rows, tall, wide, scales, codes):
-    """The E4M3 number nearest to value / scale of its block; NaN and Inf become NaN."""
+@part()
+def encode_blocks(rows, tall, wide, scales, codes, fraction, bias, largest, infinite, nan_from):
+    """value / scale of its block as a sign, an exponent with this bias and so many fraction bits.
+
+    Args:
+        largest: number of the format; what is beyond becomes it.
+        infinite: the code of Inf.
+        nan_from: bits of |value| from which on it becomes NaN, 0x7F.
+    """
     quotient = np.empty(CHUNK, np.float32)
     shifted = np.empty(CHUNK, np.float32)
     quotient_bits, shifted_bits = quotient.view(np.uint32), shifted.view(np.uint32)
     columns = rows.shape[1]
+    shift, odd_bit = U32(23 - fraction), U32(1)
+    half = U32((1 << (22 - fraction)) - 1)
+    rebias = U32((127 - bias) << fraction)
+    least = U32((128 - bias) << 23)  # bits of the smallest number that is normal
+    # A float32's last place at this number is the format's smallest: adding it rounds to that.
+    moved_bits = U32((151 - bias - fraction) << 23)
+    moved = float_of(moved_bits)
     for r in range(len(rows)):
         for number in range(scales.shape[1]):
             scale = scales[r // tall, number]
             end = min((number + 1) * wide, columns)
             for begin in range(number * wide, end, CHUNK):
-                part = rows[r, begin : min(begin + CHUNK, end)]
+                values = rows[r, begin : min(begin + CHUNK, end)]
                 out = codes[r, begin : min(begin + CHUNK, end)]
-                bits = part.view(np.uint32)
-                for i in range(len(part)):
-                    quotient[i] = min(abs(part[i] / scale), F32(448.0))
-                    shifted[i] = quotient[i] + F32(16384.0)
-                for i in range(len(part)):
+                bits = values.view(np.uint32)
+                for i in range(len(values)):
+                    quotient[i] = min(abs(values[i] / scale), largest)
+                    shifted[i] = quotient[i] + moved
+                for i in range(len(values)):
                     near = quotient_bits[i]
-                    odd = (near >> U32(20)) & U32(1)
-                    normal = ((near + U32(0x7FFFF) + odd) >> U32(20)) - U32(960)
-                    small = shifted_bits[i] - U32(0x46800000)
-                    code = small if near < U32(0x3C800000) else normal  # 2^-6
-                    code = code | ((bits[i] >> U32(24)) & U32(0x80))
-                    out[i] = np.uint8(code if (bits[i] & MAGNITUDE) < INFINITY else U32(0x7F))
+                    odd = U32(U32(near >> shift) & odd_bit)
+                    normal = U32(U32(U32(U32(near + half) + odd) >> shift) - rebias)
+                    small = U32(shifted_bits[i] - moved_bits)
+                    code = small if near < least else normal
+                    key = U32(bits[i] & MAGNITUDE)
+                    code = infinite if key == INFINITY else code
+                    code = U32(code | U32(U32(bits[i] >> U32(24)) & U32(0x80)))
+                    code = U32(0x7F) if key >= nan_from else code
+                    out[i] = np.uint8(code)
+
+
+@kernel("void(f4[:, ::1], i8, i8, f4[:, ::1], u1[:, ::1])")
+def encode_e4m3(rows, tall, wide, scales, codes):
+    """The E4M3 number nearest to value / scale of its block; NaN and Inf become NaN."""
+    encode_blocks(rows, tall, wide, scales, codes, 3, 7, F32(448.0), U32(0x7F), INFINITY)
+
+
+@kernel("void(f4[:, ::1], i8, i8, f4[:, ::1], u1[:, ::1])")
+def encode_e5m2(rows, tall, wide, scales, codes):
+    """The E5M2 number nearest to value / scale of its block; it has Inf."""
+    nan = U32(INFINITY + U32(1))
+    encode_blocks(rows, tall, wide, scales, codes, 2, 15, F32(57344.0), U32(0x7C), nan)
 
 
 @kernel("void(f4[:, ::1], f4[::1], f4[::1])")
@@ -129,3 +167,21 @@ def encode_int4(values, scales, zeros, codes):
             single[i] = np.uint8((moved_bits[i] + U32(8)) & U32(15))
         for i in range(len(packed)):
             packed[i] = single[2 * i] | (single[2 * i + 1] << 4)
+
+
+@kernel("void(f4[:, ::1], f4[::1], f4[::1], f4, u1[:, ::1])")
+def encode_affine(values, scales, biases, largest, codes):
+    """(value - bias) / scale of the group as a whole number from 0 to `largest`."""
+    moved = np.empty(CHUNK, np.float32)
+    moved_bits = moved.view(np.uint32)
+    for g in range(len(values)):
+        scale, bias = scales[g], biases[g]
+        for begin in range(0, values.shape[1], CHUNK):
+            group, out = values[g, begin : begin + CHUNK], codes[g, begin : begin + CHUNK]
+            for i in range(len(group)):
+                q = (group[i] - bias) / scale
+                q = q if q > F32(0.0) else F32(0.0)
+                q = q if q < largest else largest
+                moved[i] = q + _ROUND
+            for i in range(len(group)):
+                out[i] = np.uint8(moved_bits[i] & U32(0xFF))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+from merge_cli.kernels.compiled.kernel import F32, MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.tiles import (
     BF16,
     TILE,
     add_base_tile,
     add_bf16_tile,
     add_weighted_tile,
+    count_equal_tile,
     count_keys_tile,
     count_mixed_tile,
     count_pair_tile,
@@ -272,6 +273,69 @@ def count_stored(
                 above[n, 0] += count_range_tile(
                     values, low, high, shift, offsets, inside, counts[n]
                 )
+
+
+@kernel("i8(u1[::1], i8[::1], i8[::1], i8, boolean, i8[::1], u4[::1], i8[::1], i8, i8[::1])")
+def find_stored(stored, starts, kinds, size, based, operands, keys, ordinals, at, indexes):
+    """Look for the ordinals[n]-th element (from 1) of operand n whose key is keys[n].
+
+    Args:
+        ordinals: less what is passed here; 0 once it is found, and then passed by.
+        at: the index of the first element.
+        indexes: of those that are found, filled.
+
+    Returns:
+        how many are still looked for.
+    """
+    first = 1 if based else 0
+    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    left = 0
+    for n in range(len(ordinals)):
+        left += 1 if ordinals[n] else 0
+    for begin in range(0, size, TILE):
+        length = min(TILE, size - begin)
+        minus, values = base[:length], row[:length]
+        for k in range(len(operands) + first):
+            n = k - first
+            if n >= 0 and not ordinals[n]:
+                continue
+            i = 0 if n < 0 else operands[n] + first
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
+            load_tile(raw, kinds[i], based and n >= 0, minus, minus if n < 0 else values)
+            if n < 0:
+                continue
+            equal = count_equal_tile(values, keys[n])
+            if equal < ordinals[n]:
+                ordinals[n] -= equal
+                continue
+            bits, j = values.view(np.uint32), -1
+            while ordinals[n]:
+                j += 1
+                ordinals[n] -= 1 if U32(bits[j] & MAGNITUDE) == keys[n] else 0
+            indexes[n] = at + begin + j
+            left -= 1
+        if not left:
+            break
+    return left
+
+
+@kernel("void(u1[::1], i8[::1], i8[::1], i8, boolean, u4[:, ::1], i8)")
+def keys_stored(stored, starts, kinds, size, based, keys, column):
+    """The keys of every source, or task vector: into keys[s, column : column + size]."""
+    first = 1 if based else 0
+    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for begin in range(0, size, TILE):
+        length = min(TILE, size - begin)
+        minus, values = base[:length], row[:length]
+        for i in range(len(starts)):
+            s = i - first
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
+            load_tile(raw, kinds[i], based and s >= 0, minus, minus if s < 0 else values)
+            if s >= 0:
+                bits = values.view(np.uint32)
+                into = keys[s, column + begin : column + begin + length]
+                for j in range(length):
+                    into[j] = bits[j] & MAGNITUDE
 
 
 @kernel("void(u1[::1], i8[::1], i8[::1], i8, boolean, i8, f8[:, ::1])")

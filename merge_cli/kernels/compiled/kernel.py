@@ -85,6 +85,73 @@ class BitCast(Part):
         return f"{self._source} as {self._target}"
 
 
+class CFunction(Part):
+    """A function of the C library, called without Python's lock.
+
+    Args:
+        name: its symbol.
+        signature: numba's; pointers are `u8`.
+    """
+
+    def __init__(self, name: str, signature: str) -> None:
+        self._name, self._signature = name, signature
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba import types
+        from numba.core.sigutils import normalize_signature
+
+        arguments, result = normalize_signature(self._signature)
+        external: Callable[..., Any] = types.ExternalFunction(self._name, result(*arguments))
+        return external
+
+    @cached_property
+    def digest(self) -> str:
+        return f"{self._name} {self._signature}"
+
+
+class AddressCall(Part):
+    """Calls a kernel of this signature: `call(address, (argument, ...))`."""
+
+    def __init__(self, signature: str) -> None:
+        self._signature = signature
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba.core import cgutils
+        from numba.core.sigutils import normalize_signature
+        from numba.extending import intrinsic
+
+        expected, result = normalize_signature(self._signature)
+
+        def call(typing_context: Any, address: Any, arguments: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                convention = context.call_conv
+                pointer = convention.get_function_type(result, expected).as_pointer()
+                function = builder.inttoptr(values[0], pointer)
+                given = [
+                    context.cast(builder, value, kind, argument)
+                    for value, kind, argument in zip(
+                        cgutils.unpack_tuple(builder, values[1]), arguments, expected, strict=True
+                    )
+                ]
+                status, returned = convention.call_function(
+                    builder, function, result, expected, given
+                )
+                with cgutils.if_unlikely(builder, status.is_error):
+                    convention.return_status_propagate(builder, status)
+                return returned
+
+            return result(address, arguments), generate
+
+        compiled: Callable[..., Any] = intrinsic(call)
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return self._signature
+
+
 def _parts(function: Callable[..., Any]) -> dict[str, Part]:
     names = function.__globals__
     used = {name: names.get(name) for name in function.__code__.co_names}
@@ -114,13 +181,20 @@ def _linked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Kernel:
-    """A function that is compiled at its first call."""
+    """A function that is compiled at its first call.
+
+    Attributes:
+        by_address: calls it inside other kernels, which get its `address` as an argument. It is
+            compiled once, for all of them.
+    """
 
     def __init__(
         self, function: Callable[..., Any], signature: str | list[str], fastmath: Any
     ) -> None:
+        self.by_address = AddressCall(str(signature))
         self._function, self._signature, self._fastmath = function, signature, fastmath
         self._compiled: Callable[..., Any] | None = None
+        self._address = 0
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -128,6 +202,13 @@ class Kernel:
         if compiled is None:
             compiled = self.load()
         return compiled(*arguments)
+
+    @property
+    def address(self) -> int:
+        """Of the machine code, for `by_address`; of kernels with one signature."""
+        if not self._address:
+            self.load()
+        return self._address
 
     def load(self) -> Callable[..., Any]:
         """Compile, or load what an earlier process has compiled."""
@@ -148,6 +229,9 @@ class Kernel:
                     # No folder can be written, or what is in it cannot be read: compile each time.
                     say_once(_UNKEPT)
                     compiled = numba.njit(self._signature, **options)(function)
+                result = next(iter(compiled.overloads.values()))
+                name = result.fndesc.llvm_func_name
+                self._address = result.library.get_pointer_to_function(name)
                 self._compiled = compiled
             return self._compiled
 

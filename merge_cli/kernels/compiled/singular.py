@@ -1,4 +1,4 @@
-"""Singular values of small matrices, without a library's threads: see `kernels.singular`."""
+"""Eigenvalues and eigenvectors of small symmetric matrices, without a library's threads."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ def own_products(a, out):
             out[j, i] = total
 
 
-@kernel("void(f8[:, ::1], f8[::1], f8[::1])", fastmath=_SUMS)
-def tridiagonal(s, diagonal, off_diagonal):
+@kernel("void(f8[:, ::1], f8[::1], f8[::1], f8[:, ::1])", fastmath=_SUMS)
+def tridiagonal(s, diagonal, off_diagonal, reflectors):
     """Bring a symmetric matrix to tridiagonal form by Householder reflections; `s` is used up.
 
     With x what stands right of the diagonal, v = x - alpha e_1 reflects it onto one axis, and
     S becomes S - v w^T - w v^T, w = p - (p.v / v.v) v, p = 2 S v / v.v. Only the upper half is
     computed. One pass over it brings it up to date and multiplies it with the next v: the matrix
     is larger than the cache that is quick.
+
+    Args:
+        reflectors: filled with a row u for each reflection I - u u^T; no rows where nobody asks.
     """
     n = len(s)
     v, w, next_v, next_w = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
@@ -62,6 +65,10 @@ def tridiagonal(s, diagonal, off_diagonal):
                 next_ws[j] += entry * z
             next_w[i] += total - row[0] * z  # the diagonal is in both
         factor = 2.0 / length if length > 0.0 else 0.0
+        if len(reflectors) > 0:
+            scale, reflector = math.sqrt(factor), reflectors[k]
+            for i in range(k + 1, n):
+                reflector[i] = scale * next_v[i]
         along = 0.0
         for i in range(k + 1, n):
             next_w[i] *= factor
@@ -72,12 +79,15 @@ def tridiagonal(s, diagonal, off_diagonal):
         v, next_v, w, next_w = next_v, v, next_w, w
 
 
-@kernel("boolean(f8[::1], f8[::1])", fastmath=_SUMS)
-def eigenvalues(d, e):
+@kernel("boolean(f8[::1], f8[::1], f8[:, ::1])", fastmath=_SUMS)
+def eigenvalues(d, e, rows):
     """Eigenvalues of a tridiagonal matrix into its diagonal `d`; whether they were found.
 
     Implicit QR with Wilkinson's shift (Golub and Van Loan, Matrix Computations, section 8.3),
     exact to the precision of the largest.
+
+    Args:
+        rows: are rotated with it: of a unit matrix the eigenvectors are left. They may be empty.
     """
     largest = 0.0
     for i in range(len(d)):
@@ -106,8 +116,28 @@ def eigenvalues(d, e):
             a, b, off = d[k], d[k + 1], e[k]
             d[k] = c * c * a + 2.0 * c * s * off + s * s * b
             d[k + 1] = s * s * a - 2.0 * c * s * off + c * c * b
+            upper, lower = rows[k], rows[k + 1]
+            for j in range(len(upper)):
+                p, q = upper[j], lower[j]
+                upper[j] = c * p + s * q
+                lower[j] = c * q - s * p
             e[k] = c * s * (b - a) + (c * c - s * s) * off
             if k < high - 1:
                 x, z = e[k], s * e[k + 1]
                 e[k + 1] = c * e[k + 1]
     return True
+
+
+@kernel("void(f8[:, ::1], f8[:, ::1])", fastmath=_SUMS)
+def reflect(rows, reflectors):
+    """Turn eigenvectors of the tridiagonal form, one a row, into those of the matrix itself."""
+    n = len(rows)
+    for r in range(n):
+        row = rows[r]
+        for k in range(n - 3, -1, -1):
+            x, u = row[k + 1 :], reflectors[k, k + 1 :]
+            along = 0.0
+            for i in range(len(x)):
+                along += x[i] * u[i]
+            for i in range(len(x)):
+                x[i] -= along * u[i]
