@@ -117,6 +117,7 @@ def test_a_stopped_run_continues_without_the_cluster(
     assert digest(tmp_path / "out") == digest(out)
 
 
+@pytest.mark.slow  # each run starts processes that import torch and transformers
 def test_the_best_so_far_is_accepted(nodes: Nodes, recipe: Path, tmp_path: Path) -> None:
     def press(progress: Progress) -> None:
         if progress.stage == "search" and progress.done == 3:
