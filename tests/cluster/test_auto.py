@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import merge_cli
-from merge_cli.cluster import connection
+from merge_cli.cluster import connection, node
 from merge_cli.cluster.actors import Resources, room_for
 from merge_cli.cluster.connection import Node
 from merge_cli.errors import Interrupted, ResourceError
@@ -146,7 +146,7 @@ def test_nodes_must_share_the_cache(
     nodes: Nodes, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Statistics are kept there. Told before anything is measured."""
-    real = connection.Probe
+    real = node.Probe
 
     def elsewhere(path: Path, *more: Any) -> Any:
         return real(tmp_path / "no" / path.name if path.parent.name == "cache" else path, *more)
