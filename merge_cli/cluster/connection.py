@@ -80,14 +80,25 @@ def connected(address: str) -> Iterator[Any]:
                 log_to_driver=False,
                 include_dashboard=False if address == "local" else None,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        message = f"no Ray cluster can be reached at '{address}': {reason(error)}"
-        hint = "Both need the same Ray and Python, and the cluster's token if it has one."
-        raise ResourceError(message, hint=_HINT if address == "auto" else hint) from error
+    except Exception as error:  # Ray has no class for this, and raises bare ones, too
+        raise _unreachable(address, error) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _unreachable(address: str, error: Exception) -> ResourceError:
+    if address == "auto" and isinstance(error, ConnectionError):
+        message = "no Ray cluster runs on this machine, and RAY_ADDRESS names none"
+        return ResourceError(message, hint=_HINT)
+    if address == "local":
+        message = f"no Ray cluster can be started here: {reason(error)}"
+        hint = "Start one with `ray start --head`, and use --ray auto."
+        return ResourceError(message, hint=hint)
+    message = f"no Ray cluster can be reached at '{address}': {reason(error)}"
+    hint = "Both need the same Ray and Python, and the cluster's token if it has one."
+    return ResourceError(message, hint=hint)
 
 
 def _knock(address: str) -> None:

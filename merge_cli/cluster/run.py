@@ -38,6 +38,7 @@ from merge_cli.planning.plan import Plan, cut_chunks
 from merge_cli.system.raw_io import sync, write_error
 
 _POLL_SECONDS = 0.25
+_SOON_SECONDS = 10.0  # then the user is told what is waited for
 _START_SECONDS = 120.0  # for a node's process to start, and for its CPUs to be free
 _STOP_SECONDS = 10.0
 _FRUITLESS = 8  # shares in a row that are answered for, and of which the storage shows nothing
@@ -188,7 +189,11 @@ class _Run:
         ]
         opened = [member.actor.open.remote() for member in members]
         self._members = members
-        ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
+        ready, waiting = self._ray.wait(opened, num_returns=len(opened), timeout=_SOON_SECONDS)
+        if waiting:
+            those = f"{len(waiting)} of {len(opened)} nodes" if len(opened) > 1 else "the node"
+            self._note(f"waiting for {those} to start a process, and for free CPUs")
+            ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
         for member, call in zip(members, opened, strict=True):
             why = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
             if call in ready:

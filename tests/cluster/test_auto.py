@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import merge_cli
+from merge_cli.cluster import connection, node
 from merge_cli.cluster.actors import Resources, room_for
 from merge_cli.cluster.connection import Node
 from merge_cli.errors import Interrupted, ResourceError
@@ -116,6 +117,7 @@ def test_a_stopped_run_continues_without_the_cluster(
     assert digest(tmp_path / "out") == digest(out)
 
 
+@pytest.mark.slow  # each run starts processes that import torch and transformers
 def test_the_best_so_far_is_accepted(nodes: Nodes, recipe: Path, tmp_path: Path) -> None:
     def press(progress: Progress) -> None:
         if progress.stage == "search" and progress.done == 3:
@@ -138,6 +140,21 @@ def test_a_budget_is_of_the_whole(nodes: Nodes, recipe: Path, tmp_path: Path) ->
     assert auto["best"] == "uniform soup"
     assert auto["ended"].startswith("the budget is spent; left out: base, ")
     assert [line["loss"] is None for line in auto["path"]].count(False) == 1
+
+
+def test_nodes_must_share_the_cache(
+    nodes: Nodes, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics are kept there. Told before anything is measured."""
+    real = node.Probe
+
+    def elsewhere(path: Path, *more: Any) -> Any:
+        return real(tmp_path / "no" / path.name if path.parent.name == "cache" else path, *more)
+
+    monkeypatch.setattr(connection, "Probe", elsewhere)
+    with pytest.raises(ResourceError, match="node .* does not see .*Set MERGE_CLI_CACHE to a"):
+        merge(recipe, tmp_path / "out", nodes)
+    assert len((tmp_path / "out.auto" / "journal.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_model_that_no_node_has_room_for() -> None:

@@ -86,6 +86,38 @@ def test_auto_is_the_address_of_the_environment(
 
 
 @pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        (
+            "auto",
+            ConnectionError("Could not find any running Ray instance. Please specify --address."),
+            "no Ray cluster runs on this machine, and RAY_ADDRESS names none",
+        ),
+        (
+            "local",
+            Exception("The current node timed out during startup."),
+            "no Ray cluster can be started here: The current node timed out",
+        ),
+        ("auto", RuntimeError("Version mismatch"), "can be reached at 'auto': Version mismatch"),
+    ],
+)
+def test_ray_refuses(
+    address: str, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own words may be of flags that are not ours, and its exceptions are of any class."""
+    ray = pytest.importorskip("ray")
+
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ResourceError, match=message):
+        connected(address).__enter__()
+
+
+@pytest.mark.parametrize(
     ("address", "message"),
     [
         ("head", "'head' is no address of a Ray cluster"),

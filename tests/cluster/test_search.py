@@ -17,6 +17,7 @@ pytest.importorskip("ray")
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.xdist_group("ray")]
 
 
+@pytest.mark.slow
 def test_candidates_are_evaluated_on_the_nodes(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
