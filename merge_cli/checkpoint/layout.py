@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from json.encoder import encode_basestring
 from operator import attrgetter
 from typing import NamedTuple
@@ -147,8 +147,8 @@ def natural_order(names: Sequence[str]) -> list[int]:
     if len(keys) != len(names):  # a name has several lines
         keys = [*map(_with_padded, names)]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    numbered = list(takewhile(lambda i: keys[i].startswith("\0"), order))
-    return order[len(numbered) :] + numbered
+    numbered = [i for i in order if keys[i].startswith("\0")]
+    return [*(i for i in order if not keys[i].startswith("\0")), *numbered] if numbered else order
 
 
 def _with_padded(text: str) -> str:

@@ -15,6 +15,7 @@ from tests.support.tiny import Family
 # Packages of others, beside those that `import numba` brings.
 PACKAGES = {
     "_yaml",
+    "annotated_doc",  # typer
     "jinja2",  # the report's page
     "markupsafe",
     "merge_cli",
