@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from merge_cli.comparison.result import Comparison
-from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import device_here, device_of
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.made_before import made_before, read_report
@@ -18,10 +16,6 @@ from merge_cli.engine.merge import Run, execute
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.stages import make_stages
 from merge_cli.errors import UsageError
-from merge_cli.evaluation.quality_check import quality_check, read_gates, require
-from merge_cli.evaluation.run import as_spec, spec_for
-from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evaluation.task import Task
 from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan
@@ -30,8 +24,15 @@ from merge_cli.planning.preparation import prepare
 from merge_cli.planning.stages import plan_recipe
 from merge_cli.recipe.schema import Recipe
 
+# What evaluates is imported where it is asked for: it takes as long as a small merge.
+if TYPE_CHECKING:
+    from merge_cli.comparison.result import Comparison
+    from merge_cli.evaluation.quality_check import QualityCheck
+    from merge_cli.evaluation.spec import EvalSpec
+    from merge_cli.evaluation.task import Task
+
 AnyRecipe = Recipe | str | Path | Mapping[str, Any]
-Tasks = str | Path | EvalSpec | Sequence[str | Path | Task]
+Tasks: TypeAlias = "str | Path | EvalSpec | Sequence[str | Path | Task]"
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,7 @@ def merge(
     options = (options or MergeOptions()).on_engine(written.engine)
     if options.ray is None:
         options = replace(options, device=device_here(options.device))
-    spec = None if evaluation is None else as_spec(evaluation)
-    check = quality_check(written, spec, gates, no_worse)
+    check = _quality_check(written, evaluation, gates, no_worse)
     with on_cluster(options):
         decided = loaded if isinstance(loaded, Plan) else plan(loaded, shard_size=shard_size)
         for note in check.check(decided) if check else ():
@@ -133,6 +133,19 @@ def merge(
     models = check.run(decided, result.path, options, on_evaluation)
     check.require()
     return replace(result, evaluation=models)
+
+
+def _quality_check(
+    recipe: Recipe, evaluation: Tasks | None, gates: Sequence[str], no_worse: Sequence[str]
+) -> QualityCheck | None:
+    """What the merge is to be evaluated on; None where nothing asks for it."""
+    if evaluation is None and not gates and not no_worse and not recipe.eval:
+        return None
+    from merge_cli.evaluation.quality_check import quality_check
+    from merge_cli.evaluation.run import as_spec
+
+    spec = None if evaluation is None else as_spec(evaluation)
+    return quality_check(recipe, spec, gates, no_worse)
 
 
 def merge_plan(
@@ -312,6 +325,8 @@ class ComparisonResult:
 
     def require_gates(self) -> None:
         """Raise a GateError if a recipe's merge does not meet a gate."""
+        from merge_cli.evaluation.quality_check import require
+
         require(self.unmet)
 
 
@@ -343,6 +358,9 @@ def compare(
         not met raises nothing here: see `ComparisonResult.require_gates`.
     """
     from merge_cli.comparison.files import write_comparison
+    from merge_cli.comparison.run import compare as compare_recipes
+    from merge_cli.evaluation.quality_check import read_gates
+    from merge_cli.evaluation.run import as_spec
 
     spec = as_spec(tasks).limited(limit)
     conditions = read_gates(gates, no_worse, spec.tasks)
@@ -371,6 +389,8 @@ def comparison_spec(
     Raises:
         UsageError: none, or several that differ.
     """
+    from merge_cli.evaluation.run import spec_for
+
     if "-" in map(str, recipes):
         raise UsageError("a comparison reads recipes from files, not from standard input")
     specs = [spec for path in recipes if (spec := spec_for(load_recipe(path), eval_file, data))]

@@ -224,6 +224,7 @@ def command_of(given: str) -> tuple[list[str], dict[str, str]]:
     """
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its byte code
     path = Path(given).expanduser().absolute()  # not resolved: a venv's python is a link
     if path.is_dir():
         return [sys.executable, "-m", "merge_cli"], {**env, "PYTHONPATH": str(path)}

@@ -4,7 +4,8 @@
 
 `--help` against the help of a minimal typer program; a soup of the 20M family against
 `import numpy, numba` (user seconds); and the first merge, with an empty folder for compiled loops.
-Processes take turns; medians.
+Processes take turns; medians, after a round that fills the caches. A round takes about six seconds
+of CPU time for each checkout.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def cpu(command: list[str], env: dict[str, str], cwd: Path) -> tuple[float, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", help="another checkout")
     given = parser.parse_args()
     make_family(given.folder / "20M", Settings(SIZES["20M"]))

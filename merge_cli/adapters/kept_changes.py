@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
@@ -35,7 +35,7 @@ class ChangeCache:
     def wrapped(self, tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
         """The same tasks, their changes read from here; of those that are larger, as they are."""
         return tuple(
-            replace(task, operands=tuple(map(self._wrapped, task.operands)))
+            task._replace(operands=tuple(map(self._wrapped, task.operands)))
             if sum(tensor.nbytes for tensor in task.operands) <= self._room
             else task
             for task in tasks

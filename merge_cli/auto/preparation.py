@@ -107,9 +107,9 @@ class Automatic:
         print_options(out)
 
     def print_result(self, out: Console, report: Mapping[str, Any]) -> None:
-        from merge_cli.auto.panel import print_path
-
         if "auto" in report:
+            from merge_cli.auto.panel import print_path
+
             print_path(out, report["auto"])
 
     def summary(self, plan: Plan) -> dict[str, Any]:
@@ -119,6 +119,8 @@ class Automatic:
         return str(report["auto"]["sentence"]) if "auto" in report else ""
 
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
+        if not report.get("auto"):
+            return ()
         from merge_cli.auto.report import automatic_sections
 
         return automatic_sections(report)

@@ -101,19 +101,17 @@ class Calibration:
         print_statistics(out, method.gathers)
 
     def print_result(self, out: Console, report: Mapping[str, Any]) -> None:
-        from merge_cli.calibration.panel import print_gathered
-
         if "gathered" in report:
+            from merge_cli.calibration.panel import print_gathered
+
             print_gathered(out, report["gathered"])
 
     def summary(self, plan: Plan) -> dict[str, Any]:
+        if plan.calibrated is None:
+            return {}
         from merge_cli.calibration.report import calibration_summary
 
-        return (
-            {}
-            if plan.calibrated is None
-            else {"gathered": calibration_summary(plan, plan.calibrated)}
-        )
+        return {"gathered": calibration_summary(plan, plan.calibrated)}
 
     def conclusion(self, report: Mapping[str, Any]) -> str:
         return ""

@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain, repeat
-from operator import attrgetter, sub
+from operator import attrgetter, itemgetter, sub
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -142,7 +142,7 @@ def _columns(raw: bytes, file_size: int) -> _Columns | None:
         # As many keys as colons: no key stands twice. See `_load`.
         keys = len(entries) + sum(map(len, values))
         keys += len(metadata) + (b'"__metadata__"' in text)
-        fields = [[entry[key] for entry in values] for key in _ENTRY]
+        fields = [*zip(*map(itemgetter(*_ENTRY), values), strict=True)] or [(), (), ()]
         numbers = list(chain.from_iterable(chain.from_iterable(fields[1:])))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -157,22 +157,23 @@ def _columns(raw: bytes, file_size: int) -> _Columns | None:
         or not DTYPES.keys() >= {*dtypes}
         or not 0 <= min(numbers, default=0) <= max(numbers, default=0) < _MAX_NUMBER
         or max(map(len, shapes), default=0) > _MAX_DIMENSIONS
-        or CONTROL.search("".join(entries))
+        or not (all_names := "".join(entries)).isprintable()  # asked first: much faster
+        and CONTROL.search(all_names)
     ):
         return None
-    stored = list(map(_stored, dtypes, map(tuple, shapes)))
-    starts, stops = [span[0] for span in spans], [span[1] for span in spans]
-    sizes = tuple(nbytes for _, _, nbytes in stored)
-    follows = starts == [0, *stops[:-1]][: len(starts)] and list(map(sub, stops, starts)) == [
-        *sizes
-    ]
-    if not follows or data_start + (stops[-1] if stops else 0) != file_size:
+    if not spans:
+        return _Columns([], (), (), [], ()) if data_start == file_size else None
+    starts, stops = zip(*spans, strict=True)
+    stored = map(_stored, dtypes, map(tuple, shapes))
+    dtypes, shapes, sizes = zip(*stored, strict=True)
+    follows = starts == (0, *stops[:-1]) and (*map(sub, stops, starts),) == sizes
+    if not follows or data_start + stops[-1] != file_size:
         return None
     return _Columns(
         list(map(sys.intern, entries)),  # sources of other files, too, have these names
-        tuple(dtype for dtype, _, _ in stored),
-        tuple(shape for _, shape, _ in stored),
-        [data_start + start for start in starts],
+        dtypes,
+        shapes,
+        list(map(data_start.__add__, starts)),
         sizes,
     )
 

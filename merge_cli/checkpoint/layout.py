@@ -11,15 +11,19 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import accumulate
+from json.encoder import encode_basestring
+from operator import attrgetter
+from typing import NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
 from merge_cli.checkpoint.dtypes import DTYPES, width_of
 
-_NUMBER = re.compile(r"([0-9]{1,18})")  # int() refuses what has thousands of digits
+_DIGITS = 18  # int() refuses what has thousands of digits
+_NUMBER = re.compile(f"([0-9]{{1,{_DIGITS}}})")
 _PLAIN: Mapping[str, str] = {"": STEMS[0]}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
@@ -84,8 +88,7 @@ def lay_out(
 def _fill(tensors: Sequence[OutputTensor], shard_size: int, folder: str, stem: str) -> list[Shard]:
     groups: list[list[OutputTensor]] = []
     room = 0
-    for tensor in tensors:
-        nbytes = tensor.nbytes
+    for tensor, nbytes in zip(tensors, _sizes(tensors), strict=True):
         if not groups or nbytes > room:
             groups.append([])
             room = shard_size
@@ -126,30 +129,62 @@ def indexes(
     return result
 
 
-def natural_key(name: str) -> tuple[object, ...]:
+@lru_cache(maxsize=4096)
+def _padded(digits: str) -> str:
+    """A number with leading zeros, so that text compares as numbers do."""
+    return str(int(digits)).zfill(_DIGITS)
+
+
+def natural_key(name: str) -> tuple[bool, str]:
     """Sorts layers.10 after layers.9: the order in which a reader expects tensors."""
-    parts: list[Any] = _NUMBER.split(name)  # text and numbers by turns
-    parts[1::2] = map(int, parts[1::2])
-    return len(parts) > 1 and not parts[0], *parts  # what begins with a number comes last
+    text = _with_padded(name)
+    return text.startswith("\0"), text  # a number at the start comes last
+
+
+def natural_order(names: Sequence[str]) -> list[int]:
+    """Indexes of the names as `natural_key` sorts them."""
+    keys = _with_padded("\n".join(names)).split("\n")  # 100,000 in a fraction of the time
+    if len(keys) != len(names):  # a name has several lines
+        keys = [*map(_with_padded, names)]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    numbered = [i for i in order if keys[i].startswith("\0")]
+    return [*(i for i in order if not keys[i].startswith("\0")), *numbered] if numbered else order
+
+
+def _with_padded(text: str) -> str:
+    parts = _NUMBER.split(text)  # text and numbers by turns
+    parts[1::2] = map(_padded, parts[1::2])
+    # NUL comes before every other character: a text that ends comes before one that goes on.
+    return "\0".join(parts)
+
+
+def _sizes(tensors: Sequence[OutputTensor]) -> Iterator[int]:
+    """The bytes of each."""
+    return map(_nbytes, map(attrgetter("shape"), tensors), map(attrgetter("dtype"), tensors))
 
 
 def _shard(folder: str, file: str, tensors: Sequence[OutputTensor]) -> Shard:
-    ordered = sorted(tensors, key=lambda t: (_RANK[t.dtype], t.name.encode()))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    relative: dict[str, int] = {}
+    ordered: list[OutputTensor] = []
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=_RANK.__getitem__):
+        # By code points, which is the order of UTF-8's bytes, too.
+        ordered += sorted(tensor for tensor in tensors if tensor.dtype == dtype)
     prefix = f"{folder}/" if folder else ""
-    position = 0
-    for tensor in ordered:
-        stop = position + tensor.nbytes
-        entries[tensor.name.removeprefix(prefix)] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, stop],
-        }
-        relative[tensor.name] = position
-        position = stop
-    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    bounds = [0, *accumulate(_sizes(ordered))]
+    entries = ['"__metadata__":{"format":"pt"}']
+    names, dtypes, shapes = zip(*ordered, strict=True) if ordered else ((), (), ())
+    # As json.dumps writes them, which takes three times as long for 100,000.
+    quoted = map(encode_basestring, (name.removeprefix(prefix) for name in names))
+    described = map(_described, dtypes, shapes)
+    for name, text, start, stop in zip(quoted, described, bounds, bounds[1:], strict=False):
+        entries.append(f'{name}:{text}"data_offsets":[{start},{stop}]}}')
+    body = f"{{{','.join(entries)}}}".encode()
     body += b" " * (-len(body) % 8)
     header = struct.pack("<Q", len(body)) + body
-    offsets = {name: len(header) + start for name, start in relative.items()}
-    return Shard(prefix + file, header, offsets, len(header) + position, folder)
+    offsets = dict(zip(names, map(len(header).__add__, bounds), strict=False))
+    return Shard(prefix + file, header, offsets, len(header) + bounds[-1], folder)
+
+
+@lru_cache(maxsize=4096)
+def _described(dtype: str, shape: tuple[int, ...]) -> str:
+    """The beginning of a header's entry."""
+    return f'{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],'

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
@@ -87,6 +88,25 @@ class Tensor(Protocol):
 
 
 TensorMap = Mapping[str, Tensor]  # a model's tensors by name
+
+
+def has_names(tensors: TensorMap, names: Collection[str]) -> bool:
+    """Whether a model has all of these tensors."""
+    # As a rule the same ones in the same order, which needs no look-ups.
+    return [*tensors] == [*names] or all(map(tensors.__contains__, names))
+
+
+def in_order(tensors: TensorMap, names: Sequence[str]) -> list[Tensor]:
+    """A model's tensors in the order of these names, which it has."""
+    return [*(tensors.values() if [*tensors] == names else map(tensors.__getitem__, names))]
+
+
+def default_dtypes(tensors: Collection[Tensor]) -> list[str]:
+    """The dtype of each where the recipe names none."""
+    # What is stored has its own: no call for each of 100,000.
+    stored = {*map(type, tensors)} == {TensorRef}
+    return [*map(attrgetter("dtype" if stored else "default_dtype"), tensors)]
+
 
 # What input embeddings end with, by architecture.
 EMBEDDINGS = (

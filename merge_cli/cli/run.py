@@ -198,13 +198,16 @@ def run(
 
     from merge_cli.api import merge_plan, on_cluster, runner_for
     from merge_cli.engine.merge import check_target
-    from merge_cli.evaluation.quality_check import quality_check
-    from merge_cli.evaluation.run import spec_of
     from merge_cli.options import MergeOptions
     from merge_cli.planning.stages import plan_recipe
 
-    spec = spec_of(eval_file, data or []) if eval_file or data else None
-    check = quality_check(loaded, spec, gate or [], no_worse or [])
+    check = None
+    if eval_file or data or gate or no_worse or loaded.eval:  # a plain merge imports none of this
+        from merge_cli.evaluation.quality_check import quality_check
+        from merge_cli.evaluation.run import spec_of
+
+        spec = spec_of(eval_file, data or []) if eval_file or data else None
+        check = quality_check(loaded, spec, gate or [], no_worse or [])
     options = MergeOptions(
         device=device,
         threads=threads,

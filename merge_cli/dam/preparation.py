@@ -127,22 +127,28 @@ class Learning:
         print_options(out)
 
     def print_result(self, out: Console, report: Mapping[str, Any]) -> None:
-        from merge_cli.dam.panel import print_learned
-
         if "training" in report:
+            from merge_cli.dam.panel import print_learned
+
             print_learned(out, report["training"])
 
     def summary(self, plan: Plan) -> dict[str, Any]:
+        if plan.coefficients is None:
+            return {}
         from merge_cli.dam.report import coefficient_summary
 
-        return {} if plan.coefficients is None else {"coefficients": coefficient_summary(plan)}
+        return {"coefficients": coefficient_summary(plan)}
 
     def conclusion(self, report: Mapping[str, Any]) -> str:
+        if "training" not in report:
+            return ""
         from merge_cli.dam.report import worth
 
-        return worth(report["training"]) if "training" in report else ""
+        return worth(report["training"])
 
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
+        if not (report.get("training") or report.get("coefficients")):
+            return ()
         from merge_cli.dam.report import training_sections
 
         return training_sections(report)

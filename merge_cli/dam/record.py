@@ -14,11 +14,10 @@ from merge_cli.dam.checkpoint import Position
 from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.plan import TrainingPlan
-from merge_cli.dam.rollouts import TERM
 from merge_cli.engine.memory import peak_rss
 from merge_cli.errors import GateError
 from merge_cli.options import OnProgress, Progress
-from merge_cli.recipe.training import plain_training
+from merge_cli.recipe.training import ROLLOUTS_TERM, plain_training
 from merge_cli.system.machine import show_seconds, show_size
 
 LEARNED = "dam"
@@ -223,7 +222,7 @@ class StepLine:
         training = self._decided.training
         weights = dict(training.loss)
         if training.rollouts is not None:
-            weights[TERM] = training.rollouts.weight
+            weights[ROLLOUTS_TERM] = training.rollouts.weight
         return float(sum(weights[term] * v for term, v in record["terms"][name].items()))
 
     def _memory(self) -> int:

@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge_cli.dam.rollouts import TERM
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import short_labels
+from merge_cli.recipe.training import ROLLOUTS_TERM
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Series
 from merge_cli.report.page import (
@@ -139,7 +139,7 @@ def _curves(training: Json) -> Section:
     names = list(history[0]["terms"])
     weights = dict(training["dials"]["loss"])
     if training["dials"].get("rollouts"):
-        weights[TERM] = training["dials"]["rollouts"]["weight"]
+        weights[ROLLOUTS_TERM] = training["dials"]["rollouts"]["weight"]
     parts = _spread(len(history))
     axis = _steps_axis([history[part[-1]]["step"] + 1 for part in parts])
 

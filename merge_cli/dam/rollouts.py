@@ -34,7 +34,6 @@ from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.recipe.training import Rollouts
 
 OBJECTIVE = DistillationLoss({"reverse_kl": 1.0})  # at temperature 1, whatever others train at
-TERM = "rollouts"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from merge_cli.errors import NonFiniteError
 from merge_cli.evaluation.forward import micro_batches
 from merge_cli.evaluation.teachers import Predictions
 from merge_cli.options import OnProgress
-from merge_cli.recipe.training import Training
+from merge_cli.recipe.training import ROLLOUTS_TERM, Training
 
 _SMALLER = "Use a smaller learning_rate, or dtype float32 or bfloat16."
 # Of what training costs, for measuring while it goes on; a forward pass is a third of a step's.
@@ -226,9 +226,9 @@ class Trainer:
         sums_of_datasets = sums[0].by_owner()
         about = self._training.rollouts
         if about is not None and not step % about.every:
-            weights[rollouts.TERM] = about.weight
+            weights[ROLLOUTS_TERM] = about.weight
             for of_dataset, judged in zip(sums_of_datasets, sums[1].by_owner(), strict=True):
-                of_dataset[rollouts.TERM] = judged.get("reverse_kl", 0.0)
+                of_dataset[ROLLOUTS_TERM] = judged.get("reverse_kl", 0.0)
         terms = dict(zip(datasets, sums_of_datasets, strict=True))
         names = sorted(weights)
         table = torch.tensor(

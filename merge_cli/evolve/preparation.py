@@ -108,20 +108,24 @@ class Searching:
         print_keys(out, method.name)
 
     def print_result(self, out: Console, report: Mapping[str, Any]) -> None:
-        from merge_cli.evolve.panel import print_searched
-
         if "search" in report:
+            from merge_cli.evolve.panel import print_searched
+
             print_searched(out, report["search"])
 
     def summary(self, plan: Plan) -> dict[str, Any]:
         return {}
 
     def conclusion(self, report: Mapping[str, Any]) -> str:
+        if "search" not in report:
+            return ""
         from merge_cli.evolve.report import worth
 
-        return worth(report["search"]) if "search" in report else ""
+        return worth(report["search"])
 
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
+        if not report.get("search"):
+            return ()
         from merge_cli.evolve.report import search_sections
 
         return search_sections(report)

@@ -21,6 +21,7 @@ from merge_cli.formats.schemes import FLOATS, scheme_weights
 from merge_cli.formats.small_floats import numbers_of, read_scales
 from merge_cli.formats.storage_format import (
     DecodedModel,
+    dtypes_of,
     quantization_of,
     unquantised,
     usual_dtype,
@@ -40,7 +41,7 @@ class Fp8:
     name = "fp8"
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        stored = any(ref.dtype in FP8_CODES for ref in tensors.values())
+        stored = not dtypes_of(tensors).isdisjoint(FP8_CODES)
         return stored and _is_fp8(quantization_of(config))
 
     def decode(

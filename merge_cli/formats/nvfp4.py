@@ -21,6 +21,7 @@ from merge_cli.formats.grouped_fp4 import fp4_weight
 from merge_cli.formats.packed import drop_activations, reject_leftovers, required
 from merge_cli.formats.storage_format import (
     DecodedModel,
+    dtypes_of,
     quant_method,
     quantization_of,
     unquantised,
@@ -37,8 +38,10 @@ class Nvfp4:
     name = "NVFP4"
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        return quant_method(config) in _METHODS and any(
-            ref.dtype == "U8" and name + _SECOND in tensors for name, ref in tensors.items()
+        return (
+            quant_method(config) in _METHODS
+            and "U8" in dtypes_of(tensors)
+            and any(ref.dtype == "U8" and n + _SECOND in tensors for n, ref in tensors.items())
         )
 
     def encoding(self, word: str, dtype: str, config: Mapping[str, Any]) -> Encoding | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 from merge_cli.checkpoint.config import text_config
@@ -48,6 +49,11 @@ def quant_method(config: Mapping[str, Any]) -> str:
     quantization = quantization_of(config)
     named = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
     return str(named).lower()
+
+
+def dtypes_of(tensors: Mapping[str, TensorRef]) -> set[str]:
+    """The dtypes that a model's files hold."""
+    return {*map(attrgetter("dtype"), tensors.values())}
 
 
 def unquantised(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:

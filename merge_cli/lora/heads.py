@@ -274,7 +274,7 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 def first_task_head(names: Iterable[str]) -> str:
     """The first name of a classifier's head; empty where none is."""
     listed = list(names)
-    text = "".join(f"\n.{name}" for name in listed)
+    text = "\n.".join(["", *listed])
     if not any(f".{head}." in text for head in TASK_HEADS):  # as a rule: no name is taken apart
         return ""
     return next(filter(is_task_head, listed), "")

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import methodcaller
 
 from merge_cli.checkpoint.config import text_config
+from merge_cli.checkpoint.tensors import has_names
 from merge_cli.planning.absent import AbsentTensors
 from merge_cli.planning.heads import HEADS, Copies
 from merge_cli.planning.skeleton import class_rules
@@ -116,7 +118,7 @@ def _groups(sources: Sequence[Source], reference: int) -> Iterator[tuple[str, tu
     shared = sources[reference].tensors
     every = dict.fromkeys(_candidates(shared))
     for source in sources:
-        if source.tensors is not shared:
+        if not has_names(shared, source.tensors):
             every |= dict.fromkeys(_candidates(source.tensors.keys() - shared.keys()))
     grouped: set[str] = set()
     embeddings = [name for name in every if name.endswith(_EMBEDDING)]
@@ -140,7 +142,7 @@ _ENDS = (*_COPIES_OF, *(end for ends in _COPIES_OF.values() for end in ends), _E
 
 def _candidates(names: Iterable[str]) -> list[str]:
     """Names that the rules above are about; most of a model's are not looked at twice."""
-    return sorted(name for name in names if name.endswith(_ENDS))
+    return sorted(filter(methodcaller("endswith", _ENDS), names))
 
 
 def _by_class(
@@ -148,7 +150,7 @@ def _by_class(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the reference's class ties, of tensors that some source lacks."""
     names = sources[reference].tensors
-    if all(names.keys() <= source.tensors.keys() for source in sources):
+    if all(has_names(source.tensors, names) for source in sources):
         return
     everywhere = names.keys() & set.intersection(*(set(source.tensors) for source in sources))
     absent = AbsentTensors(sources)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from merge_cli.checkpoint.auxiliary_files import code_files, copy_companions
 from merge_cli.checkpoint.layout import indexes
-from merge_cli.planning.plan import Plan
+from merge_cli.planning.plan import Plan, outputs_of
 from merge_cli.sources.source import fetch_weights
 from merge_cli.system.raw_io import write_error
 from merge_cli.tokenizer.chat_template import FILE as TEMPLATE
@@ -44,7 +44,7 @@ def write_auxiliary_files(
         _write_tokenizer(plan, folder, copied=tokenizer)
         if plan.config:
             _write_config(plan, config_source.root / "config.json", folder / "config.json")
-        outputs = [output for task in plan.tasks for output in task.outputs]
+        outputs = outputs_of(plan.tasks)
         for name, text in indexes(plan.shards, outputs, config_source.stems).items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:

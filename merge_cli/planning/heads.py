@@ -15,8 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 
-from merge_cli.checkpoint.tensors import EMBEDDINGS, Read, Tensor, TensorMap, read_numbers, reading
+from merge_cli.checkpoint.tensors import (
+    EMBEDDINGS,
+    Read,
+    Tensor,
+    TensorMap,
+    has_names,
+    read_numbers,
+    reading,
+)
 from merge_cli.errors import Problem, SourceError
 from merge_cli.lora.heads import first_task_head
 from merge_cli.sources.source import Source
@@ -43,7 +52,7 @@ class TiedHeads:
 
 def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
     """Make every source either have the head or not."""
-    head = next((n for s in sources for n in s.tensors if n.endswith(HEADS)), None)
+    head = _first_head(sources)
     tensors: list[TensorMap] = [source.tensors for source in sources]
     if head is None:
         return TiedHeads(tuple(tensors), None, ())
@@ -77,6 +86,17 @@ def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
         else ()
     )
     return TiedHeads(tuple(tensors), False if tied_labels else None, notes, copies)
+
+
+def _first_head(sources: Sequence[Source]) -> str | None:
+    """The first head that a source stores; names that an earlier source has are not seen twice."""
+    for i, source in enumerate(sources):
+        if any(has_names(earlier.tensors, source.tensors) for earlier in sources[:i]):
+            continue
+        head = next(filter(methodcaller("endswith", HEADS), source.tensors), None)
+        if head is not None:
+            return head
+    return None
 
 
 def _embedding(source: Source, head: str) -> str | None:
@@ -180,10 +200,10 @@ def head_problems(sources: Sequence[Source]) -> list[Problem]:
 
 def _heads(sources: Sequence[Source]) -> list[str]:
     """The first tensor of each source's head for classes; empty for a model without one."""
-    names = sources[0].tensors.keys()
+    names = [*sources[0].tensors]
     first = first_task_head(names)
     # As a rule all have the same names: they are looked through once.
-    return [first if s.tensors.keys() == names else first_task_head(s.tensors) for s in sources]
+    return [first if [*s.tensors] == names else first_task_head(s.tensors) for s in sources]
 
 
 def _is_language_model(source: Source) -> bool:

@@ -20,11 +20,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.config import layer_count, predicting_layers
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
+_LAYERS = re.compile(rf"{_LAYER.pattern}|^.*$", re.MULTILINE)  # of names in lines
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
 _AFTER = re.compile(
     r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
@@ -32,12 +34,11 @@ _AFTER = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerKey:
+class LayerKey(NamedTuple):
     """A layer of a stack and the rest of the name."""
 
     stack: str
-    index: int
+    index: int  # type: ignore[assignment]  # of the layer: nobody looks for items of a key
     rest: str
 
     def name(self, index: int) -> str:
@@ -48,14 +49,25 @@ class LayerKey:
 def layer_key_of(name: str) -> LayerKey | None:
     """The layer that a tensor belongs to, or None."""
     match = _LAYER.match(name)
-    if match is None:
-        return None
-    stack, index, rest = match.groups()
-    return LayerKey(stack or "", int(index), rest)
+    return _as_key(match.groups("")) if match else None
+
+
+def _as_key(parts: tuple[str, ...]) -> LayerKey | None:
+    """A key from what the expression finds: nothing but empty texts where there is no layer."""
+    stack, index, rest = parts
+    return LayerKey(stack, int(index), rest) if index else None
 
 
 class LayerKeys(dict[str, LayerKey | None]):
-    """`place_of` for the names of several models, which share most of them: found once."""
+    """`layer_key_of` for the names of several models, which share most of them: found once."""
+
+    def of(self, names: Sequence[str]) -> list[LayerKey | None]:
+        """That of each, new ones all at once: half the time, for 100,000."""
+        new = [name for name in names if name not in self]
+        parts = _LAYERS.findall("\n".join(new))
+        if len(parts) == len(new):  # else a name has several lines
+            self.update(zip(new, map(_as_key, parts), strict=True))
+        return [self[name] for name in names]
 
     def __missing__(self, name: str) -> LayerKey | None:
         key = self[name] = layer_key_of(name)
@@ -71,9 +83,8 @@ def layer_stacks(names: Iterable[str], layer_keys: LayerKeys | None = None) -> d
 def heights(layer_keys: Iterable[LayerKey | None]) -> dict[str, int]:
     """Every stack among these places and its number of layers."""
     result: dict[str, int] = {}
-    for key in layer_keys:
-        if key and key.index >= result.get(key.stack, 0):
-            result[key.stack] = key.index + 1
+    for stack, index in dict.fromkeys(map(itemgetter(0, 1), filter(None, layer_keys))):
+        result[stack] = max(index + 1, result.get(stack, 0))
     return result
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge_cli.checkpoint.rearranged import JoinedTensor, cut
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tensors import Tensor, has_names
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.sources.source import Source
 
@@ -56,7 +56,7 @@ def lay_out_alike(sources: Sequence[Source], reference: int) -> RelaidModel:
     keys: frozenset[str] = frozenset()
     for i, source in enumerate(sources):
         if (
-            source.tensors.keys() <= reference_source.tensors.keys()
+            has_names(reference_source.tensors, source.tensors)
             or reference_source.config.get("model_type") in _TURNED
         ):
             continue

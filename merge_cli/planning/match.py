@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain, repeat
+from operator import attrgetter, methodcaller
 from typing import NamedTuple
 
 from merge_cli.checkpoint.dtypes import MERGEABLE
-from merge_cli.checkpoint.tensors import Tensor, TensorMap
+from merge_cli.checkpoint.tensors import Tensor, TensorMap, has_names, in_order
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors, in_short
 from merge_cli.planning.layers import (
@@ -188,16 +190,22 @@ def _match_slice(
     labels = [models[member.source].label for member in output_slice.members]
     sliced = output_slice.reference.layers is not None
     stack = models[output_slice.reference.source].layer_index.main if sliced else None
-    layers = heights(layer_keys[name] for name in candidates[0])
+    names = list(candidates[0])
+    keys = layer_keys.of(names)
+    layers = heights(keys)
     if not sliced:
         layers = model_heights(layers, models[output_slice.reference.source].source.config)
     positions = LayerPositions(layers, stack, output_slice.start)
-    for name in candidates[0]:
+    layer_positions = [
+        positions.of(key) if key else LayerPosition(name)
+        for name, key in zip(names, keys, strict=True)
+    ]
+    alike = _match_alike(output_slice, names, layer_positions, candidates)
+    into.matches += alike
+    for name, position in zip(names, layer_positions, strict=True) if not alike else ():
         if name.endswith(_LEFT_OUT):
             into.note("left out", BUFFER, name)
             continue
-        key = layer_keys[name]
-        position = positions.of(key) if key else LayerPosition(name)
         refs = [tensors.get(name) for tensors in candidates]
         if None in refs and not _is_copied(output_slice, name, refs, labels, absent, into):
             continue
@@ -231,6 +239,31 @@ def _offered(
         sys.intern(key.name(key.index + shift)) if key else name: model.view[name]
         for name, key in cut
     }
+
+
+def _match_alike(
+    output_slice: OutputSlice,
+    names: Sequence[str],
+    positions: Sequence[LayerPosition],
+    candidates: Sequence[TensorMap],
+) -> list[TensorMatch]:
+    """All tensors at once where every source has all of them in one shape; else none.
+
+    As a rule sources are alike. Whole columns are compared in a fraction of the time that
+    `_match_tensor` takes for a tensor, and a mixture of experts has 100,000.
+    """
+    if not all(has_names(tensors, names) for tensors in candidates):
+        return []
+    columns = [in_order(tensors, names) for tensors in candidates]
+    first, *others = ([*map(attrgetter("shape"), column)] for column in columns)
+    dtypes = {*map(attrgetter("dtype"), chain.from_iterable(columns))}
+    left_out = any(map(methodcaller("endswith", _LEFT_OUT), names))
+    if left_out or not dtypes <= _MERGEABLE or any(shapes != first for shapes in others):
+        return []
+    bases = columns.pop(0) if output_slice.base else repeat(None)
+    operands, source = zip(*columns, strict=True), output_slice.operands[0].source
+    rows = zip(names, repeat(output_slice), positions, operands, bases, repeat(source), repeat(""))
+    return [*map(partial(tuple.__new__, TensorMatch), rows)]
 
 
 def _match_tensor(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 
 from merge_cli.checkpoint.auxiliary_files import check_links, named_code
 from merge_cli.checkpoint.coefficients import open_coefficients
@@ -191,7 +192,7 @@ def check_model(draft: Draft) -> Draft:
     """
     if draft.recipe.output is not None:
         return draft
-    shapes = {task.name: task.shape for task in draft.tasks}
+    shapes = dict(map(attrgetter("name", "shape"), draft.tasks))
     index = draft.config_index
     try:
         notes = check_structure(

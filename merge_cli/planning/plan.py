@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE, promoted, width_of
@@ -34,9 +35,11 @@ from merge_cli.tokenizer.alignment import AlignedVocabulary
 Action = Literal["merge", "copy"]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorTask:
-    """One output tensor.
+_NO_PARAMETERS: Mapping[str, Any] = {}
+
+
+class TensorTask(NamedTuple):
+    """One output tensor. A tuple, as there may be 100,000 (see `headers.TensorRef`).
 
     Attributes:
         dtype: safetensors dtype of the output; of one in codes, what its encoding is called.
@@ -63,7 +66,7 @@ class TensorTask:
     sources: tuple[int, ...]
     ids: tuple[int, ...]
     base: Tensor | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = _NO_PARAMETERS
     group: str = ""
     note: str = ""
     position: float = 0.0
@@ -107,6 +110,14 @@ class TensorTask:
     @property
     def bytes_read(self) -> int:
         return sum(part.nbytes for ref in self.inputs for part in ref.stored)
+
+
+def outputs_of(tasks: Sequence[TensorTask]) -> list[OutputTensor]:
+    """What is written for all of them, in their order."""
+    if any(map(attrgetter("encoding"), tasks)):
+        return [output for task in tasks for output in task.outputs]
+    fields = zip(*(map(attrgetter(name), tasks) for name in OutputTensor._fields), strict=True)
+    return [*map(partial(tuple.__new__, OutputTensor), fields)]
 
 
 def is_stored_as(tensor: Tensor, dtype: str) -> bool:
@@ -213,10 +224,10 @@ class Plan:
         return sum(task.size for task in self.tasks)
 
 
-def promoted_dtype(reference: Tensor, operands: Sequence[Tensor]) -> str:
-    """The dtype that a tensor has where the recipe names none."""
-    natives = {reference.default_dtype, *(ref.default_dtype for ref in operands)}
-    return natives.pop() if len(natives) == 1 else promoted(natives)
+def merged_dtype(dtypes: Iterable[str]) -> str:
+    """The dtype that a tensor of these has where the recipe names none."""
+    different = {*dtypes}
+    return different.pop() if len(different) == 1 else promoted(different)
 
 
 def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]:

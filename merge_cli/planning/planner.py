@@ -26,7 +26,7 @@ from merge_cli.planning.draft import Draft
 from merge_cli.planning.encodings import described as encodings_described
 from merge_cli.planning.encodings import left_out_tasks
 from merge_cli.planning.opening import one_spelling, open_all, unopenable
-from merge_cli.planning.plan import Plan
+from merge_cli.planning.plan import Plan, outputs_of
 from merge_cli.planning.resolve import check_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.recipe.load import parse_documents, parse_text, read_recipe
@@ -171,7 +171,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
     """What is decided, with the output's tensors laid out in shards."""
     source = draft.sources[draft.config_index]
     tasks = left_out_tasks(draft.recipe, source, draft.config_index, draft.tasks)
-    outputs = [output for task in tasks for output in task.outputs]
+    outputs = outputs_of(tasks)
     operands = dict.fromkeys(operand.source for part in draft.slices for operand in part.operands)
     if source.is_lone_file:  # one file in, one file out
         shard_size = sum(output.nbytes for output in outputs)

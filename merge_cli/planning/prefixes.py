@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tensors import Tensor, has_names
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.sources.source import Source
 
@@ -40,7 +40,7 @@ def rename(sources: Sequence[Source], reference: int) -> RenamedModel:
     names = sources[reference].tensors
     renamed, notes = list(sources), []
     for i, source in enumerate(sources):
-        if i == reference or source.tensors.keys() <= names.keys():
+        if i == reference or has_names(names, source.tensors):
             continue
         rules = _rules(source, sources[reference])
         if rules is None:

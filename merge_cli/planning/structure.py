@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.tensors import Tensor
@@ -108,18 +109,25 @@ def _unchanged(
         ):
             return False
         before = read_mapping(config_source.root / "config.json", config_source.label)
-    there = {
-        name: tensor.shape for name, tensor in source_tensors.items() if not name.endswith(BUFFERS)
-    }
+    if _plain(before) != _plain(config):
+        return False
+    there: Shapes = dict(
+        zip(source_tensors, map(attrgetter("shape"), source_tensors.values()), strict=True)
+    )
     there = _model_shapes(there, config_source)
-    shapes_there = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
-    return there == shapes_there and _plain(before) == _plain(config)
+    return there == shapes or _without_buffers(there) == _without_buffers(shapes)
 
 
-def _model_shapes(shapes: Shapes, source: Source) -> dict[str, tuple[int, ...]]:
+def _without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
+
+
+def _model_shapes(shapes: Shapes, source: Source) -> Shapes:
     """Those of the model itself, without the parts in other folders (see `components`)."""
     parts = tuple(f"{folder}/" for folder in source.stems if folder)
-    return {n: shape for n, shape in shapes.items() if not parts or not n.startswith(parts)}
+    if not parts:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if not name.startswith(parts)}
 
 
 def _plain(config: Mapping[str, object]) -> dict[str, object]:

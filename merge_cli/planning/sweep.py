@@ -110,8 +110,7 @@ def _joint(
             operands.setdefault(operand_key(operand), (operand, number))
     tensors, sources = zip(*operands.values(), strict=True)
     merged = any(task.action == "merge" for task in tasks)
-    return replace(
-        tasks[0],
+    return tasks[0]._replace(
         action="merge" if merged else "copy",
         operands=tensors,
         sources=sources,

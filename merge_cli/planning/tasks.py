@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby, repeat
 from operator import attrgetter
 
 from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
-from merge_cli.checkpoint.layout import natural_key
+from merge_cli.checkpoint.layout import natural_order
+from merge_cli.checkpoint.tensors import default_dtypes
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.formats.encoding import Verbatim
 from merge_cli.methods.registry import Method
@@ -22,7 +23,7 @@ from merge_cli.planning.plan import (
     TensorTask,
     input_names,
     is_stored_as,
-    promoted_dtype,
+    merged_dtype,
     promotion_note,
 )
 from merge_cli.planning.resolve import Resolver
@@ -41,16 +42,15 @@ def decide_tasks(draft: Draft) -> Draft:
     refused: dict[str, Problem] = {}
     unfit: dict[str, str] = {}
     for part, matches in groupby(draft.matches.matches, key=attrgetter("output_slice")):
-        for task, error in tensor_tasks(
-            recipe, draft.method, part, matches, choice, draft.copy_of, unfit
-        ):
+        decided = tensor_tasks(recipe, draft.method, part, [*matches], choice, draft.copy_of, unfit)
+        for task, error in decided:
             tasks.append(task)
             if error:
                 refused.setdefault(error, recipe.problem(part.key, error))
     unwritable = list(problems(recipe, config_source, tasks, unfit))
     if refused or unwritable:
         raise RecipeError([*refused.values(), *unwritable])
-    tasks.sort(key=lambda task: natural_key(task.name))
+    tasks = [tasks[i] for i in natural_order([task.name for task in tasks])]
     notes = (*draft.matches.notes, *promotion_note(recipe, tasks))
     return draft.noting(notes, tasks=tuple(tasks))
 
@@ -59,7 +59,7 @@ def tensor_tasks(
     recipe: Recipe,
     method: Method,
     part: OutputSlice,
-    matches: Iterable[TensorMatch],
+    matches: Sequence[TensorMatch],
     choice: EncodingChoice | None,
     copy_of: Mapping[str, str],
     unfit: dict[str, str],
@@ -73,7 +73,10 @@ def tensor_tasks(
     sources = tuple(operand.source for operand in part.operands)
     ids = tuple(operand.recipe_index for operand in part.operands)
     requested = SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
-    for match in matches:
+    is_plain = choice is None and not copy_of and not resolver.filtered
+    alike = _tasks_alike(matches, resolver, sources, ids, requested) if is_plain else []
+    yield from alike
+    for match in matches if not alike else ():
         if match.copied:
             (tensor,), decided = match.operands, Decision()
             if choice and choice.keeps:
@@ -86,7 +89,8 @@ def tensor_tasks(
         original = copy_of.get(match.name, "")
         names = input_names(match) if resolver.filtered and not original else ()
         resolved = resolver.of(original or match.name, match.layer_position.position, names)
-        dtype = requested or promoted_dtype(reference, match.operands)
+        dtypes = default_dtypes((reference, *match.operands))
+        dtype = requested or merged_dtype(dtypes)
         if choice and choice.keeps and not requested:
             dtype = reference.default_dtype
         decided = Decision()
@@ -103,8 +107,6 @@ def tensor_tasks(
             or (not decided.encoding and is_stored_as(match.operands[0], dtype))
         )
         action: Action = "copy" if is_copy else "merge"
-        dtypes = {tensor.default_dtype for tensor in match.operands}
-        dtypes.add(reference.default_dtype)
         task = TensorTask(
             match.name,
             reference.shape,
@@ -116,13 +118,68 @@ def tensor_tasks(
             match.base,
             resolved.parameters,
             match.layer_position.group,
-            f"stored as {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else "",
+            _stored_as(dtypes),
             match.layer_position.position,
             decided.encoding,
             decided.kept,
             original,
         )
         yield task, resolved.error
+
+
+def _tasks_alike(
+    matches: Sequence[TensorMatch],
+    resolver: Resolver,
+    sources: tuple[int, ...],
+    ids: tuple[int, ...],
+    requested: str | None,
+) -> list[tuple[TensorTask, str]]:
+    """`tensor_tasks` where the method merges all of them; else none.
+
+    As a rule it does. Columns take a fraction of the time of 100,000 tensors one by one.
+
+    Args:
+        resolver: one that looks at no names.
+    """
+    names, _, layer_positions, operands, bases, _, copied = zip(*matches, strict=True)
+    positions = [*map(attrgetter("position"), layer_positions)]
+    first_at = dict(zip(reversed(positions), reversed(names), strict=True))
+    resolved_at = {at: resolver.of(first_at[at], at) for at in dict.fromkeys(positions)}
+    if any(copied) or any(resolved.copies for resolved in resolved_at.values()):
+        return []
+    columns = [*zip(*operands, strict=True)]
+    references = columns[0] if bases[0] is None else bases
+    stored = [*zip(*map(default_dtypes, (references, *columns)), strict=True)]
+    dtypes = {row: requested or merged_dtype(row) for row in dict.fromkeys(stored)}
+    notes = {row: _stored_as(row) for row in dtypes}
+    parameters = {at: resolved.parameters for at, resolved in resolved_at.items()}
+    errors = {at: resolved.error for at, resolved in resolved_at.items()}
+    rows = zip(
+        names,
+        map(attrgetter("shape"), references),
+        map(dtypes.__getitem__, stored),
+        repeat("merge"),
+        operands,
+        repeat(sources),
+        repeat(ids),
+        bases,
+        map(parameters.__getitem__, positions),
+        map(attrgetter("group"), layer_positions),
+        map(notes.__getitem__, stored),
+        positions,
+        repeat(None),  # no encoding,
+        repeat(None),  # nothing kept of one,
+        repeat(""),  # and no copy
+        strict=False,  # `repeat` never ends
+    )
+    tasks = map(partial(tuple.__new__, TensorTask), rows)
+    return [*zip(tasks, map(errors.__getitem__, positions), strict=True)]
+
+
+def _stored_as(dtypes: Iterable[str]) -> str:
+    """A note on dtypes that differ; empty where they do not."""
+    different = sorted({*dtypes})
+    return f"stored as {', '.join(different)}" if len(different) > 1 else ""
 
 
 def _copied(match: TensorMatch, requested: str | None, decided: Decision) -> TensorTask:
@@ -177,5 +234,5 @@ class TaskResolver:
                 raise RecipeError([recipe.problem("merge_method", resolved.error)])
             is_copy = resolved.copies and is_stored_as(task.operands[0], task.dtype)
             action: Action = "copy" if is_copy else "merge"
-            tasks.append(replace(task, parameters=resolved.parameters, action=action))
+            tasks.append(task._replace(parameters=resolved.parameters, action=action))
         return tasks

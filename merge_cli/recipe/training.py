@@ -24,6 +24,7 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 WHOLE_STARTS = ("fisher", "regmean")
 LOSSES = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
 TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teacher
+ROLLOUTS_TERM = "rollouts"  # what the loss on rollouts is called in records and reports
 PENALTIES = ("cosine", "l1", "l2", "overlap", "weighted_overlap")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import contains
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_fi
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.pickled import PICKLES
-from merge_cli.system.untrusted import read_mapping
+from merge_cli.system.untrusted import parse_shared, read_mapping
 
 
 class ModelStorage(Protocol):
@@ -117,7 +118,9 @@ def read_headers(
             raise SourceError(message, model=label, file=part)
         names = names_in(part, storage.names)
         index = index_of(stem_of(names))
-        listed = read_mapping(storage.root / part / index, label) if index in names else None
+        listed = None
+        if index in names:  # fine-tunes have that of their base
+            listed = read_mapping(storage.root / part / index, label, parse=parse_shared)
         shards, weight_map = find_shards(names, listed, label)
         tensors_by_shard: dict[str, dict[str, TensorRef]] = {}
         for shard in shards:
@@ -154,7 +157,7 @@ def find_shards(
         if not isinstance(weight_map, dict) or not weight_map:
             raise CorruptFileError("has no weight_map", model=label, file=file)
         checked: set[str] = set()
-        for tensor, shard in weight_map.items():
+        for tensor, shard in _by_file(weight_map):
             if isinstance(shard, str) and shard in checked:
                 continue
             path = PurePosixPath(str(shard))
@@ -195,18 +198,38 @@ def find_shards(
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
 
 
+def _by_file(weight_map: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """A tensor and its file, for each file once; all tensors where a file is no text."""
+    files = weight_map.values()
+    if {*map(type, files)} != {str}:
+        return weight_map.items()
+    first = dict(zip(reversed(files), reversed(weight_map.keys()), strict=True))
+    return [(first[file], file) for file in dict.fromkeys(files)]
+
+
+def _in_two_files(tensors: Mapping[str, Mapping[str, TensorRef]], label: str) -> CorruptFileError:
+    first: dict[str, str] = {}
+    for file, refs in tensors.items():
+        for name in refs:
+            if first.setdefault(name, file) != file:
+                message = f"occurs in two files, {first[name]} and {file}"
+                return CorruptFileError(message, model=label, tensor=name)
+    raise AssertionError("no tensor is in two files")
+
+
 def join_shards(
     tensors: Mapping[str, Mapping[str, TensorRef]], weight_map: Mapping[str, str] | None, label: str
 ) -> dict[str, TensorRef]:
     joined: dict[str, TensorRef] = {}
-    for shard, refs in tensors.items():
-        if not joined.keys().isdisjoint(refs):
-            name = next(name for name in refs if name in joined)
-            message = f"occurs in two files, {joined[name].path.name} and {shard}"
-            raise CorruptFileError(message, model=label, tensor=name)
+    for refs in tensors.values():
         joined.update(refs)
-    for name, shard in (weight_map or {}).items():
-        if name not in tensors[shard]:
+    if len(joined) < sum(map(len, tensors.values())):
+        raise _in_two_files(tensors, label)
+    if weight_map is not None:
+        refs_of = map(tensors.__getitem__, weight_map.values())
+        is_there = [*map(contains, refs_of, weight_map)]
+        if not all(is_there):
+            name, shard = [*weight_map.items()][is_there.index(False)]
             message = "the index places this tensor here, but the file does not have it"
             raise CorruptFileError(message, model=label, file=shard, tensor=name)
     return joined

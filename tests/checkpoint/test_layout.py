@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import groupby
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_cli.checkpoint.dtypes import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES, width_of
 from merge_cli.checkpoint.layout import OutputTensor, indexes, lay_out, natural_key
 from tests.support.tiny import Family, merge
 
@@ -98,3 +99,31 @@ def pairs_key(name: str) -> list[tuple[int, int, str]]:
 @given(st.lists(st.text("0129ab.-", max_size=8), max_size=12))
 def test_natural_order_is_the_oracles(names: list[str]) -> None:
     assert sorted(names, key=natural_key) == sorted(names, key=pairs_key)
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=6),
+        st.tuples(st.sampled_from(["F32", "BF16", "U8"]), st.lists(st.integers(0, 9), max_size=3)),
+        max_size=6,
+    ),
+    st.sampled_from(["", "unet"]),
+)
+def test_headers_are_what_json_writes(
+    entries: dict[str, tuple[str, list[int]]], folder: str
+) -> None:
+    prefix = f"{folder}/" if folder else ""
+    tensors = [OutputTensor(prefix + n, d, tuple(shape)) for n, (d, shape) in entries.items()]
+    [shard] = lay_out(tensors, 10**9, {folder: "model"})
+    wide_first = sorted(tensors, key=lambda t: (-width_of(t.dtype), t.name.encode()))
+    document: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name, dtype, shape in wide_first:
+        begins[name] = end
+        end += math.prod(shape) * width_of(dtype)
+        entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [begins[name], end]}
+        document[name.removeprefix(prefix)] = entry
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    assert shard.header[8:].decode().rstrip(" ") == text.rstrip(" ")
+    assert len(shard.header) % 8 == 0
+    assert shard.offsets == {name: len(shard.header) + begin for name, begin in begins.items()}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from types import FunctionType
 from typing import Any
@@ -27,6 +28,9 @@ INFINITY = U32(0x7F800000)
 _UNKEPT = (
     "compiling the loops of this method, up to a minute, because there is no folder to keep them "
     "in. Set NUMBA_CACHE_DIR to one that can be written."
+)
+_COMPILING = (
+    "compiling loops for this machine: some seconds, the first time. They are kept for later runs."
 )
 
 
@@ -222,7 +226,8 @@ class Kernel:
                 options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
                 function = _linked(self._function)
                 try:
-                    compiled = numba.njit(self._signature, cache=True, **options)(function)
+                    with _saying_so():
+                        compiled = numba.njit(self._signature, cache=True, **options)(function)
                 except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
                     if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
                         raise
@@ -234,6 +239,22 @@ class Kernel:
                 self._address = result.library.get_pointer_to_function(name)
                 self._compiled = compiled
             return self._compiled
+
+
+@contextmanager
+def _saying_so() -> Iterator[None]:
+    """Tell the user once when numba begins to compile, and not when it loads what it has kept."""
+    from numba.core import event
+
+    class Listener(event.Listener):  # type: ignore[misc]  # numba has no types
+        def on_start(self, event: Any) -> None:
+            say_once(_COMPILING)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 def kernel(
