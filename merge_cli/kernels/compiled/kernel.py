@@ -130,8 +130,8 @@ class AddressCall(Part):
                 pointer = convention.get_function_type(result, expected).as_pointer()
                 function = builder.inttoptr(values[0], pointer)
                 given = [
-                    context.cast(builder, value, kind, wanted)
-                    for value, kind, wanted in zip(
+                    context.cast(builder, value, kind, target)
+                    for value, kind, target in zip(
                         cgutils.unpack_tuple(builder, values[1]), arguments, expected, strict=True
                     )
                 ]
