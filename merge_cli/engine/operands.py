@@ -13,8 +13,9 @@ from itertools import accumulate
 from typing import Any, Protocol, TypeVar, cast
 
 from merge_cli.checkpoint.statistics import TensorStatistics
+from merge_cli.engine.files import Files
 from merge_cli.engine.pool import Pool
-from merge_cli.engine.worker_context import Files, HostWorker
+from merge_cli.engine.worker_context import HostWorker
 from merge_cli.kernels.fused import FORMATS, StoredBlock
 from merge_cli.kernels.passes import sample_keys
 from merge_cli.kernels.streams import StoredSpan
