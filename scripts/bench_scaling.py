@@ -6,9 +6,9 @@
 FAMILY is a folder of scripts/synthetic.py, or `moe` and `dense` there. Everything happens in this
 process, warm, without the start of Python.
 
-Measuring, with one thread: every call that gives the lock back (reads, writes, compiled loops) is
-timed with the thread's CPU clock. What is left of the thread's CPU time held the lock. The clock
-itself is subtracted. Larger blocks hold the lock for the same time and work longer without it.
+Measuring, with one thread: every call that gives the lock back (reads, writes, compiled loops,
+numpy's sort) is timed with the thread's CPU clock. What is left of the thread's CPU time held the
+lock. The clock itself is subtracted.
 
 Projecting: threads that work by themselves for P and then need the one lock for H are a closed
 queue with a single server; mean value analysis gives its throughput exactly for exponential times
@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from bench_recipes import METHODS, write_recipe
 
 import merge_cli
-from merge_cli.engine import memory
 from merge_cli.engine.pool import Pool
 from merge_cli.kernels.compiled.kernel import Kernel
 from merge_cli.system import raw_io
@@ -101,6 +101,7 @@ def around_unlocked_calls(around: Around) -> Iterator[None]:
         with (
             mock.patch.object(raw_io, "os", _System(around("pwrite", os.pwrite))),
             mock.patch.object(raw_io, "_PREADV", around("preadv", os.preadv)),
+            mock.patch.object(np, "sort", around("sort", np.sort)),
         ):
             yield
     finally:
@@ -165,6 +166,8 @@ def replayed(recipe: Path, out: Path, of: Measured, threads: int, pace: float) -
             time.sleep(pause)
             if name == "preadv":
                 return sum(map(len, arguments[1]))
+            if name == "merge_streams":
+                return len(arguments[4])  # all jobs are done
             return len(arguments[1]) if name == "pwrite" else value
 
         return paused
@@ -186,29 +189,21 @@ def throughput(parallel: float, locked: float, threads: int) -> float:
 
 def project(recipe: Path, out: Path, gigabytes: float, given: argparse.Namespace) -> None:
     merge_once(recipe, out, 1)  # compiled, and in the cache
-    rows = []
-    for factor in (1, memory._LARGER):
-        with mock.patch.object(memory, "_HOST_BLOCK", factor * memory._HOST_BLOCK):
-            best = min((measured(recipe, out) for _ in range(given.rounds)), key=lambda m: m.locked)
-        rows.append((factor, best))
-    print("| blocks | calls without the lock | held, ms | free, ms | locked share | ", end="")
+    m = min((measured(recipe, out) for _ in range(given.rounds)), key=lambda m: m.locked)
+    print("| calls without the lock | held, ms | free, ms | locked share | ", end="")
     print(" | ".join(f"{n} threads" for n in _PROJECTED), "|")
-    print("|---|---:|---:|---:|---:|" + "---:|" * len(_PROJECTED))
-    for factor, m in rows:
-        share = m.locked / (m.locked + m.parallel)
-        calls = sum(m.calls.values())
-        gains = [throughput(m.parallel, m.locked, n) for n in _PROJECTED]
-        print(f"| {factor} x | {calls} | {1e3 * m.locked:.0f} | {1e3 * m.parallel:.0f} ", end="")
-        print(f"| {share:.1%} | " + " | ".join(f"{gain:.1f}" for gain in gains) + " |")
-    rate = gigabytes / (rows[0][1].locked + rows[0][1].parallel)
+    print("|---:|---:|---:|---:|" + "---:|" * len(_PROJECTED))
+    gains = [throughput(m.parallel, m.locked, n) for n in _PROJECTED]
+    print(f"| {sum(m.calls.values())} | {1e3 * m.locked:.0f} | {1e3 * m.parallel:.0f} ", end="")
+    print(f"| {m.locked / (m.locked + m.parallel):.1%} ", end="")
+    print("| " + " | ".join(f"{gain:.1f}" for gain in gains) + " |")
+    rate = gigabytes / (m.locked + m.parallel)
     print(f"\nOne thread: {rate:.2f} GB/s of inputs, by CPU time. Without the lock:")
-    for name, seconds in sorted(rows[0][1].unlocked.items(), key=lambda item: -item[1])[:8]:
-        calls = rows[0][1].calls[name]
+    for name, seconds in sorted(m.unlocked.items(), key=lambda item: -item[1])[:8]:
+        calls = m.calls[name]
         print(f"  {name}: {calls} calls, {1e6 * seconds / calls:.0f} us each")
     for n in given.replay or ():
-        one = replayed(recipe, out, rows[0][1], 1, given.pace)
-        many = replayed(recipe, out, rows[0][1], n, given.pace)
-        m = rows[0][1]
+        one, many = (replayed(recipe, out, m, threads, given.pace) for threads in (1, n))
         expected = throughput(given.pace * m.parallel, m.locked, n)
         print(f"Replayed with {n} threads at {given.pace:g} times the pauses: ", end="")
         print(f"{one / many:.1f} times one thread; the model says {expected:.1f}.")

@@ -1,6 +1,6 @@
 """Small tensors: a mixture of experts against the dense model of the same bytes, in CPU seconds.
 
-    python scripts/bench_small.py FOLDER --layers 20 --methods soup,ties --rounds 3
+    python scripts/bench_small.py FOLDER --layers 20 --methods soup,ties --rounds 2
 
 The dense twin has the mixture's layers and hidden size, and one feed-forward of the experts' sizes
 together. Whole processes take turns; the ratio is of the medians of user and system seconds, and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,9 +24,9 @@ from synthetic import SIZES, Settings, make_family, parameter_count
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--methods", default="soup,ties")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ours", default=str(Path(__file__).resolve().parent.parent))
     given = parser.parse_args()
     moe = replace(SIZES["moe"], layers=given.layers)
@@ -46,6 +47,8 @@ def main() -> None:
                 family = given.folder / f"{name}-{given.layers}"
                 write_recipe(work / "recipe.yaml", family.absolute(), METHODS[method])
                 usage = run_measured([*command, "run", "recipe.yaml", "out", "-q"], env, work)
+                said = f"{method}, {name}: {usage.cpu_seconds:.2f} CPU s"
+                print(said if number else f"{said} (warming up)", file=sys.stderr, flush=True)
                 if number:
                     seconds[name].append(usage.cpu_seconds)
         start, plain, small = (median(seconds[name]) for name in sizes)

@@ -29,6 +29,7 @@ from typing import Any
 from merge_cli.analysis.measures import rounded
 from merge_cli.analysis.model_set import ModelSet, kind_of
 from merge_cli.engine.device import Device
+from merge_cli.engine.files import Files
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
 from merge_cli.engine.operands import BlockReader, TensorReader
 from merge_cli.engine.pool import (
@@ -38,7 +39,7 @@ from merge_cli.engine.pool import (
     one_torch_thread,
     worker_factory,
 )
-from merge_cli.engine.worker_context import Files, WorkerContext
+from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.matrices import singular_values

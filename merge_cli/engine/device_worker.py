@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.engine.worker_context import Files, LoadedBlock, StageClock, all_finite
+from merge_cli.engine.files import Files, StageClock
+from merge_cli.engine.worker_context import LoadedBlock, all_finite
 from merge_cli.kernels.convert import decode, encode
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_cli.engine.operands import BlockReader, TensorReader
 from merge_cli.kernels.fused import FusedForm
-from merge_cli.methods.blocks import Block
+from merge_cli.methods.blocks import Block, Span
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
 from merge_cli.planning.resolve import arguments
 
@@ -91,11 +91,12 @@ class TensorFormula:
         if method.fused is None or task.action != "merge" or not task.size:
             return None
         parameters = arguments(method, task.parameters)
+        at = Span(task.formula_name, 0, self._reading.seed, task.ids)
         if method.tensor_pass is None:
-            return method.fused(self.reader.at, None, **parameters)
+            return method.fused(at, None, **parameters)
         if method.fused_unread is None:
             return None
         (first, *others), block = chunks, self._reading.pool.worker.block
         is_whole = not others and first.stop - first.start == task.size <= block
         size = task.size if is_whole else None
-        return method.fused_unread(self.reader.at, size, self._model_pass, **parameters)
+        return method.fused_unread(at, size, self._model_pass, **parameters)

@@ -22,6 +22,7 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.device import Device
 from merge_cli.engine.device_worker import CudaTransfers, StagedWorker
 from merge_cli.engine.executor import MergeExecutor
+from merge_cli.engine.files import Files, StageClock
 from merge_cli.engine.memory import worker_memory
 from merge_cli.engine.operands import BlockReader, TensorReader
 from merge_cli.engine.pool import (
@@ -32,7 +33,7 @@ from merge_cli.engine.pool import (
     worker_factory,
 )
 from merge_cli.engine.residency import Residency, SourceResidency
-from merge_cli.engine.worker_context import Files, StageClock, WorkerContext
+from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, cut_chunks
 from merge_cli.system.raw_io import FilePool, read_into

@@ -20,6 +20,7 @@ from typing import Any
 
 from merge_cli.engine.device import Device
 from merge_cli.engine.executor import MergeExecutor
+from merge_cli.engine.files import Files
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
 from merge_cli.engine.merge_stats import MergeStats, TensorStats, stages
@@ -33,7 +34,6 @@ from merge_cli.engine.pool import (
 )
 from merge_cli.engine.sweep import SweepExecutor
 from merge_cli.engine.tensor_writers import output_offsets
-from merge_cli.engine.worker_context import Files
 from merge_cli.errors import NonFiniteError
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Chunk, Plan, cut_chunks
@@ -44,7 +44,7 @@ _SYNC_BYTES = 2_000_000_000
 _MODEL_PASS = "reading the whole model first, for thresholds over all of it"
 # Of the inputs of small tensors that a thread takes at once. Fewer where there are many threads:
 # each should come back for more so many times, or some have nothing to do at the end.
-_BATCH_BYTES, _TURNS = 16 * 2**20, 16
+_BATCH_BYTES, _TURNS = 64 * 2**20, 16
 Merged = Sequence[tuple[Chunk, TensorStats]]
 Done = queue.SimpleQueue["Merged | BaseException | None"]
 

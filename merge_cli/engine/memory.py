@@ -41,8 +41,8 @@ _UNPACKED = 8 * 2**20  # what a block of a quantised weight is computed with
 # not where many operands make the work on each block longer.
 _HOST_BLOCK = 4 * BLOCK_MULTIPLE
 _FULL_BLOCKS = 16  # operands, at most, that have blocks of that size
-# With many threads the time that a block holds Python's lock counts more than the cache: larger
-# blocks hold it less often (docs/scaling.md).
+# With many threads the time that a block holds Python's lock counts more than the cache, where it
+# is not one call for a whole chunk: larger blocks hold it less often (docs/scaling.md).
 _MANY_THREADS, _LARGER = 8, 4
 _GPU_WORKERS = 4  # on one device: one reads, one copies, one computes, one writes
 _GPU_BLOCK = 64 * BLOCK_MULTIPLE
@@ -94,7 +94,7 @@ def _host_memory(plan: Plan, inputs: int, threads: int, free: int) -> WorkerMemo
     """Workers on a CPU: all threads with blocks as large as the memory holds, or fewer threads."""
     usual = _host_block(inputs)
     blocks = [usual, BLOCK_MULTIPLE]
-    if threads >= _MANY_THREADS and inputs <= _FULL_BLOCKS:
+    if threads >= _MANY_THREADS and inputs <= _FULL_BLOCKS and plan.method.fused is None:
         blocks = [_LARGER * usual, _LARGER // 2 * usual, *blocks]
     sizes = {block: _host_bytes(plan, inputs, block) for block in blocks}
     for block in blocks[:-1]:

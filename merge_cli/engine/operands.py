@@ -13,8 +13,9 @@ from itertools import accumulate
 from typing import Any, Protocol, TypeVar, cast
 
 from merge_cli.checkpoint.statistics import TensorStatistics
+from merge_cli.engine.files import Files
 from merge_cli.engine.pool import Pool
-from merge_cli.engine.worker_context import Files, HostWorker
+from merge_cli.engine.worker_context import HostWorker
 from merge_cli.kernels.fused import FORMATS, StoredBlock
 from merge_cli.kernels.passes import sample_keys
 from merge_cli.kernels.streams import StoredSpan
@@ -100,6 +101,10 @@ class TensorReader:
         return self._whole is not None
 
     @property
+    def _keeps_block(self) -> bool:
+        return self._keeps and self.size <= self._reading.pool.worker.block
+
+    @property
     def can_be_stored(self) -> bool:
         """Whether compiled loops can read its elements as they are stored."""
         task, reading = self.task, self._reading
@@ -131,8 +136,7 @@ class TensorReader:
 
     def sample_keys(self, count: int) -> Any:
         """`kernels.select.Stream.sample_keys`."""
-        keeps_block = self._keeps and self.size <= self._reading.pool.worker.block
-        if keeps_block or not self.can_be_stored or self.size <= count:
+        if self._keeps_block or not self.can_be_stored or self.size <= count:
             return None
         run, step = sample_steps(self.size, count)
         worker = cast(HostWorker, self._reading.pool.worker)
@@ -140,7 +144,7 @@ class TensorReader:
         return sample_keys(span, run, step) if run <= worker.block else None
 
     def sample(self, count: int) -> Iterator[Block]:
-        if self.size <= count:
+        if self.size <= count or self._keeps_block:
             yield from self.blocks()
             return
         for start, stop in sample_ranges(self.size, count):

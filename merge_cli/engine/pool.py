@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from merge_cli.engine.device import Device, choose_arithmetic
+from merge_cli.engine.files import Files
 from merge_cli.engine.memory import WorkerMemory
-from merge_cli.engine.worker_context import Files, HostWorker, TorchWorker, WorkerContext
+from merge_cli.engine.worker_context import HostWorker, TorchWorker, WorkerContext
 from merge_cli.errors import ResourceError
 from merge_cli.planning.plan import Plan
 from merge_cli.system.libraries import require

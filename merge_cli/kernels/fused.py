@@ -244,7 +244,6 @@ def measure(form: FusedForm, block: StoredBlock, sums: StoredSums, *, pairs: boo
     if block.based:  # what it is compared with is not rounded
         merge(form, block, "F32", merged.view(np.uint8))
     high, low = divmod(block.start, WORDS)
-    rules = form.rules(high) if form.drop is not None else np.empty((0, 4), np.uint32)
     compiled.measure_stored(
         block.stored,
         block.starts,
@@ -254,7 +253,7 @@ def measure(form: FusedForm, block: StoredBlock, sums: StoredSums, *, pairs: boo
         block.based,
         merged,
         pairs,
-        rules,
+        form.rules(high),
         _ties(form, block),
         np.uint32(low),
         sums.gram,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
@@ -72,6 +72,7 @@ class Stream(Protocol):
         """work(a span's blocks as they are stored); None where they are not."""
 
 
+@lru_cache(1024)  # tensors of a layer after those of another: the same few densities and sizes
 def kept_count(density: float, size: int) -> int:
     """int(density * size) with density as written: 0.29 of 100 is 29, not 28.999... cut to 28."""
     return int(Fraction(repr(float(density))) * size)

@@ -27,7 +27,7 @@ from merge_cli.analysis.result import Analysis
 from merge_cli.engine import memory
 from merge_cli.engine import pool as workers
 from merge_cli.engine.device_worker import StagedWorker
-from merge_cli.engine.worker_context import Files
+from merge_cli.engine.files import Files
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
 from merge_cli.kernels.matrices import singular_values
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold

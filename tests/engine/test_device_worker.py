@@ -10,7 +10,7 @@ import torch
 
 from merge_cli.engine import device_worker, loop, pool
 from merge_cli.engine.device_worker import StagedWorker
-from merge_cli.engine.worker_context import Files
+from merge_cli.engine.files import Files
 from tests.support.devices import StrictTransfers
 from tests.support.merges import RECIPES, digest, write_recipe
 from tests.support.tiny import Family, llama_config, llama_tensors, merge, write_model

@@ -287,20 +287,22 @@ def test_memory_is_planned(family: Family) -> None:
 
 
 @pytest.mark.parametrize(
-    ("threads", "free", "expected"),
+    ("method", "threads", "free", "expected"),
     [
-        (2, 10**9, (2, 262_144)),  # the usual block, which the cache was measured with
-        (16, 10**9, (16, 1_048_576)),  # many threads, and room for larger ones
-        (64, 10**9, (64, 262_144)),  # rather all threads than larger blocks
-        (64, 2 * 10**8, (15, 262_144)),
-        (2, 10**7, (2, 65_536)),
-        (2, 0, (1, 65_536)),  # what is least; less is refused where the user asked for it
+        ("ties", 2, 10**9, (2, 262_144)),  # the usual block, which the cache was measured with
+        ("ties", 16, 10**9, (16, 262_144)),  # a loop holds Python's lock once for a chunk
+        ("ties", 64, 2 * 10**8, (15, 262_144)),
+        ("ties", 2, 10**7, (2, 65_536)),
+        ("ties", 2, 0, (1, 65_536)),  # the least; less is refused where the user asked for it
+        ("breadcrumbs", 2, 10**9, (2, 262_144)),
+        ("breadcrumbs", 16, 10**9, (16, 1_048_576)),  # many threads, and room for larger blocks
+        ("breadcrumbs", 64, 10**9, (64, 262_144)),  # rather all threads than larger blocks
     ],
 )
 def test_blocks_follow_from_threads_and_memory(
-    family: Family, threads: int, free: int, expected: tuple[int, int]
+    family: Family, method: str, threads: int, free: int, expected: tuple[int, int]
 ) -> None:
-    plan = merge_cli.plan(family.recipe("ties"))
+    plan = merge_cli.plan(family.recipe(method))
     inputs = max(len(task.inputs) for task in plan.tasks)
     room = memory._host_memory(plan, inputs, threads, free)
     assert (room.workers, room.block) == expected
@@ -312,7 +314,7 @@ def test_larger_blocks_write_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(memory, "_HOST_BLOCK", 256)
     monkeypatch.setattr(memory, "BLOCK_MULTIPLE", 64)
-    recipe = write_recipe(family, "ties")
+    recipe = write_recipe(family, "breadcrumbs")
     digests = set()
     for threads in (1, memory._MANY_THREADS):
         merge(recipe, tmp_path / str(threads), threads=threads)

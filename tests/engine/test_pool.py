@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
+from merge_cli.engine.files import StageClock
 from merge_cli.engine.pool import Pool
-from merge_cli.engine.worker_context import StageClock
 
 
 class NoFiles:

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.merge_stats import SampleRuns, StatisticsMeter
 from merge_cli.kernels import fused, passes, reduce
-from merge_cli.kernels.convert import decode_row, encode_into
+from merge_cli.kernels.convert import encode_into
 from merge_cli.kernels.cut import MagnitudeThreshold
 from merge_cli.methods.blocks import Block, Span
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.sparsification import RandomDrop
 from merge_cli.methods.ties import TiesTrim
+from tests.support.stored import DTYPES, block_of, decoded, stored_rows
 
-DTYPES = ("BF16", "F16", "F32")
 SIZES = (1, 2, 63, 2047, 2048, 2049, 5000)
-AWKWARD = [0.0, -0.0, 1.0, -1.0, 6e-8, -6e-8, 1e-45, -1e-45, 1.1754944e-38, 60_000.0, -65_504.0]
 
 
 @pytest.fixture(autouse=True)
@@ -31,41 +30,6 @@ def quiet() -> Iterator[None]:
     """As inside a worker: numbers that overflow are no warning."""
     with np.errstate(all="ignore"):
         yield
-
-
-def stored_rows(rng: np.random.Generator, dtypes: list[str], size: int) -> list[np.ndarray]:
-    """Bytes of related inputs: numbers of every magnitude, zeros, repeated and equal ones."""
-    shared = rng.standard_normal(size) * 2.0 ** rng.integers(-24, 4, size)
-    rows = []
-    for dtype in dtypes:
-        change = np.round(rng.standard_normal(size), 1) * 2.0 ** rng.integers(-12, 0, size)
-        values = np.where(rng.random(size) < 0.4, shared, shared + change).astype(np.float32)
-        where = rng.integers(0, size, min(size, 20))
-        values[where] = rng.choice(np.array(AWKWARD, np.float32), len(where))
-        raw = np.empty(size * width_of(dtype), np.uint8)
-        encode_into(values, dtype, raw)
-        rows.append(raw)
-    return rows
-
-
-def decoded(rows: list[np.ndarray], dtypes: list[str]) -> list[np.ndarray]:
-    result = []
-    for raw, dtype in zip(rows, dtypes, strict=True):
-        values = np.empty(len(raw) // width_of(dtype), np.float32)
-        decode_row(raw, dtype, values)
-        result.append(values)
-    return result
-
-
-def block_of(
-    rows: list[np.ndarray], dtypes: list[str], start: int, *, based: bool
-) -> fused.StoredBlock:
-    size = len(rows[0]) // width_of(dtypes[0])
-    starts, kinds = fused.stored_starts([size] * len(rows), dtypes)
-    buffer = np.zeros(int(starts[-1]), np.uint8)
-    for raw, first in zip(rows, starts, strict=False):
-        buffer[first : first + len(raw)] = raw
-    return fused.StoredBlock(buffer, starts[:-1], kinds, start, size, based)
 
 
 def settings_of(

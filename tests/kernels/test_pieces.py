@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.engine.worker_context import Files, StageClock, StoredRead
+from merge_cli.engine.files import Files, StageClock, StoredRead
 from merge_cli.errors import CorruptFileError
 from merge_cli.formats.packed import StoredMatrix
 from merge_cli.kernels.pieces import read_pieces

@@ -38,17 +38,7 @@ from merge_cli.kernels.compiled.formats import (
     encode_f16,
     non_finite,
 )
-from merge_cli.kernels.compiled.fused import (
-    NOT_FINITE,
-    TOO_LARGE,
-    count_stored,
-    dot_stored,
-    find_stored,
-    keys_stored,
-    measure_stored,
-    merge_disjoint,
-    merge_linear,
-)
+from merge_cli.kernels.compiled.fused import NOT_FINITE, TOO_LARGE, merge_disjoint, merge_linear
 from merge_cli.kernels.compiled.kernel import Kernel, available
 from merge_cli.kernels.compiled.magnitudes import (
     count_kept,
@@ -60,6 +50,13 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.passes import (
+    count_stored,
+    dot_stored,
+    find_stored,
+    keys_stored,
+    measure_stored,
+)
 from merge_cli.kernels.compiled.pieces import read_pieces
 from merge_cli.kernels.compiled.products import (
     combine_rows,

@@ -134,8 +134,8 @@ class AddressCall(Part):
                 pointer = convention.get_function_type(result, expected).as_pointer()
                 function = builder.inttoptr(values[0], pointer)
                 given = [
-                    context.cast(builder, value, kind, argument)
-                    for value, kind, argument in zip(
+                    context.cast(builder, value, kind, target)
+                    for value, kind, target in zip(
                         cgutils.unpack_tuple(builder, values[1]), arguments, expected, strict=True
                     )
                 ]

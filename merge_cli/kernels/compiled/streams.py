@@ -13,16 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.files import read_exactly, seconds_by, write_exactly
-from merge_cli.kernels.compiled.fused import (
+from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
+from merge_cli.kernels.compiled.kernel import U32, kernel, part
+from merge_cli.kernels.compiled.passes import (
     count_stored,
     dot_stored,
     find_stored,
     keys_stored,
     measure_stored,
-    merge_disjoint,
-    merge_linear,
 )
-from merge_cli.kernels.compiled.kernel import U32, kernel, part
 from merge_cli.kernels.compiled.ranks import rank_stored
 from merge_cli.kernels.compiled.tiles import FLOAT32
 
@@ -52,15 +51,6 @@ def width_of(kind):
 
 
 @part()
-def bytes_of(kinds, size):
-    """Of so many elements of every input."""
-    total = 0
-    for i in range(len(kinds)):
-        total += size * width_of(kinds[i])
-    return total
-
-
-@part()
 def layout(inputs, size, starts, kinds):
     """Where each input's bytes begin in the buffer, for blocks of `size`; and where these end."""
     first = 0
@@ -71,13 +61,17 @@ def layout(inputs, size, starts, kinds):
 
 
 @part()
-def load_block(inputs, begin, length, buffer, starts, kinds):
+def load_block(inputs, begin, length, buffer, starts, kinds, clock, spent):
     """Read elements [begin, begin + length) of every input; whether that was possible."""
+    time = np.empty(2, np.int64)
+    began = seconds_by(clock, time)
     for i in range(len(inputs)):
-        width = width_of(kinds[i])
-        stored = buffer[starts[i] : starts[i] + length * width]
-        if not read_exactly(inputs[i, FILE], inputs[i, OFFSET] + begin * width, stored):
+        size = length * width_of(kinds[i])
+        offset = inputs[i, OFFSET] + begin * width_of(kinds[i])
+        if not read_exactly(inputs[i, FILE], offset, buffer[starts[i] : starts[i] + size]):
             return False
+        spent[2] += size
+    spent[0] += seconds_by(clock, time) - began
     return True
 
 
@@ -164,14 +158,10 @@ def merge_streams(
         while job[START] < stop:
             begin = job[START]
             end = min(begin + block, stop)
-            began = seconds_by(clock, time)
             if job[LOADED]:
                 job[LOADED] = 0
-            elif load_block(inputs[j], begin, end - begin, buffer, starts, kinds):
-                spent[2] += bytes_of(kinds, end - begin)
-            else:
+            elif not load_block(inputs[j], begin, end - begin, buffer, starts, kinds, clock, spent):
                 return j
-            spent[0] += seconds_by(clock, time) - began
             stored = buffer, starts, kinds, end - begin
             if drops == BY_CUT:
                 if addresses[3]:
@@ -248,17 +238,12 @@ def count_stream(
     spent,
 ):
     """`count_stored`, which has this address, of elements [begin, stop); where it stopped."""
-    time = np.empty(2, np.int64)
     starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
     layout(inputs, min(block, stop - begin), starts, kinds)
     while begin < stop:
         size = min(block, stop - begin)
-        began = seconds_by(clock, time)
-        was_read = load_block(inputs, begin, size, buffer, starts, kinds)
-        spent[0] += seconds_by(clock, time) - began
-        if not was_read:
+        if not load_block(inputs, begin, size, buffer, starts, kinds, clock, spent):
             break
-        spent[2] += bytes_of(kinds, size)
         stored = buffer, starts, kinds, size, based
         call_count(address, (*stored, operands, ranges, candidates, above, equal, counts))
         begin += size
@@ -289,17 +274,12 @@ def find_stream(
 
     That is `stop` when all are found. Indexes are counted from element `origin` on.
     """
-    time = np.empty(2, np.int64)
     starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
     layout(inputs, min(block, stop - begin), starts, kinds)
     while begin < stop:
         size = min(block, stop - begin)
-        began = seconds_by(clock, time)
-        was_read = load_block(inputs, begin, size, buffer, starts, kinds)
-        spent[0] += seconds_by(clock, time) - began
-        if not was_read:
+        if not load_block(inputs, begin, size, buffer, starts, kinds, clock, spent):
             break
-        spent[2] += bytes_of(kinds, size)
         stored = buffer, starts, kinds, size, based
         if not call_find(address, (*stored, operands, keys, ordinals, begin - origin, indexes)):
             return stop
@@ -314,18 +294,13 @@ def sample_stream(address, buffer, based, inputs, size, step, run, keys, clock, 
     Returns:
         how many elements there are; -1 where they cannot be read.
     """
-    time = np.empty(2, np.int64)
     starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
     layout(inputs, run, starts, kinds)
     column = 0
     for begin in range(0, size, step):
         length = min(run, size - begin)
-        began = seconds_by(clock, time)
-        was_read = load_block(inputs, begin, length, buffer, starts, kinds)
-        spent[0] += seconds_by(clock, time) - began
-        if not was_read:
+        if not load_block(inputs, begin, length, buffer, starts, kinds, clock, spent):
             return -1
-        spent[2] += bytes_of(kinds, length)
         call_keys(address, (buffer, starts, kinds, length, based, keys, column))
         column += length
     return column
@@ -338,17 +313,12 @@ def dot_stream(address, buffer, block, based, inputs, begin, stop, run, sums, cl
     Args:
         sums: for each block the products of every pair over every run.
     """
-    time = np.empty(2, np.int64)
     starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
     layout(inputs, min(block, stop - begin), starts, kinds)
     for n in range(len(sums)):
         size = min(block, stop - begin)
-        began = seconds_by(clock, time)
-        was_read = load_block(inputs, begin, size, buffer, starts, kinds)
-        spent[0] += seconds_by(clock, time) - began
-        if not was_read:
+        if not load_block(inputs, begin, size, buffer, starts, kinds, clock, spent):
             break
-        spent[2] += bytes_of(kinds, size)
         call_dot(address, (buffer, starts, kinds, size, based, run, sums[n]))
         begin += size
     return begin
