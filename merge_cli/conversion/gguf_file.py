@@ -15,9 +15,10 @@ from merge_cli.checkpoint.tensors import Read, read_numbers, reading
 from merge_cli.engine.inputs import Inputs
 from merge_cli.errors import NonFiniteError, SourceError, UsageError
 from merge_cli.formats.detect import advice
+from merge_cli.formats.gguf.block_encoding import KINDS, encode
 from merge_cli.formats.gguf.header import DEFAULT_ALIGNMENT
 from merge_cli.formats.gguf.vocabulary import vocabulary_keys
-from merge_cli.formats.gguf.writing import KINDS, GgufPlan, Piece, encode, plan_file
+from merge_cli.formats.gguf.writing import GgufPlan, Piece, plan_file
 from merge_cli.options import Progress
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.sources.opening import open_source

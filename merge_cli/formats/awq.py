@@ -8,18 +8,16 @@ Lin et al., arXiv:2306.00978; the layout is AutoAWQ's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
-from merge_cli.formats.grouped_integers import read_modules
-from merge_cli.formats.packed import corrupt, of_shape, opening, required
+from merge_cli.formats.grouped_integers import ModuleFormat
+from merge_cli.formats.packed import of_shape, opening
 from merge_cli.formats.storage_format import (
-    DecodedModel,
-    quant_method,
     quantization_of,
     usual_dtype,
 )
@@ -30,34 +28,25 @@ from merge_cli.formats.transposed_integers import (
     TransposedIntegers,
     group_of,
     group_size,
-    reject_conv1d,
+    scales_and_zeros,
 )
 from merge_cli.kernels.turned import turned_eights
 
 _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # where each of eight outputs begins in a word, in bits
 
 
-class Awq:
+class Awq(ModuleFormat):
     """The format. See `StorageFormat`."""
 
-    name = "AWQ"
+    name, method, codes, endings = "AWQ", "awq", CODES, ENDINGS
 
-    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        return quant_method(config) == "awq" and any(name.endswith(CODES) for name in tensors)
-
-    def decode(
+    def weights(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
-    ) -> DecodedModel:
+    ) -> Callable[[TensorRef], AwqTensor]:
         quantization, default_dtype = quantization_of(config), usual_dtype(config)
         self._check(quantization, label)
-        reject_conv1d(config, label, self.name)
         size, opened = group_size(quantization, label), opening()
-
-        def weight(codes: TensorRef) -> AwqTensor:
-            return _weight(codes, tensors, default_dtype, size, opened)
-
-        packed = [ref for ref in tensors.values() if ref.name.endswith(CODES)]
-        return read_modules(tensors, config, packed, weight, name=self.name, endings=ENDINGS)
+        return lambda codes: _weight(codes, tensors, default_dtype, size, opened)
 
     def _check(self, quantization: Mapping[str, Any], label: str) -> None:
         """What else AWQ has been written as is not read."""
@@ -121,13 +110,8 @@ def _weight(
         CorruptFileError: parts that do not fit, or are not there.
     """
     module = codes.name.removesuffix(CODES)
-    scales = required(tensors, f"{module}.scales", codes)
-    zeros = required(tensors, f"{module}.qzeros", codes)
-    if codes.dtype != "I32" or len(codes.shape) != 2 or not codes.size:
-        raise corrupt(f"{codes.dtype} of shape {list(codes.shape)}: AWQ has I32 matrices", codes)
+    scales, zeros = scales_and_zeros(codes, tensors, AWQ.name)
     inputs, words = codes.shape
-    if len(scales.shape) != 2 or not scales.size:
-        raise corrupt(f"scales of shape {list(scales.shape)}: AWQ has matrices", scales)
     groups, why = scales.shape[0], f"'{codes.name}'"
     of_shape(scales, FLOATS, (groups, words * 8), why=why)
     of_shape(zeros, ("I32",), (groups, words), why=why)

@@ -20,6 +20,7 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
+from merge_cli.formats.grouped_integers import reject_conv1d
 from merge_cli.formats.packed import (
     PackedRows,
     PackedTensor,
@@ -38,7 +39,6 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
-from merge_cli.formats.transposed_integers import reject_conv1d
 from merge_cli.kernels.codes import look_up
 
 _STATE = ".quant_state.bitsandbytes__"

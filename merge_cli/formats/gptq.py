@@ -9,18 +9,16 @@ Frantar et al., arXiv:2210.17323; the layout is AutoGPTQ's and GPTQModel's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
-from merge_cli.formats.grouped_integers import read_modules
-from merge_cli.formats.packed import corrupt, of_shape, opening, required, unpack
+from merge_cli.formats.grouped_integers import ModuleFormat
+from merge_cli.formats.packed import corrupt, of_shape, opening, unpack
 from merge_cli.formats.storage_format import (
-    DecodedModel,
-    quant_method,
     quantization_of,
     usual_dtype,
 )
@@ -31,7 +29,7 @@ from merge_cli.formats.transposed_integers import (
     TransposedIntegers,
     group_of,
     group_size,
-    reject_conv1d,
+    scales_and_zeros,
 )
 from merge_cli.kernels.turned import turned_words
 
@@ -39,17 +37,14 @@ _BITS = (2, 3, 4, 8)
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zero points
 
 
-class Gptq:
+class Gptq(ModuleFormat):
     """The format. See `StorageFormat`."""
 
-    name = "GPTQ"
+    name, method, codes, endings = "GPTQ", "gptq", CODES, ENDINGS
 
-    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        return quant_method(config) == "gptq" and any(name.endswith(CODES) for name in tensors)
-
-    def decode(
+    def weights(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
-    ) -> DecodedModel:
+    ) -> Callable[[TensorRef], GptqTensor]:
         quantization, default_dtype = quantization_of(config), usual_dtype(config)
         version = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq")
         if version not in _VERSIONS or quantization.get("is_marlin_format"):
@@ -59,14 +54,8 @@ class Gptq:
         if type(bits) is not int or bits not in _BITS:
             message = f"GPTQ of {bits!r} bits is not read: of 2, 3, 4 and 8 is"
             raise SourceError(message, model=label, file="config.json")
-        reject_conv1d(config, label, self.name)
         size, opened = group_size(quantization, label), opening()
-
-        def weight(codes: TensorRef) -> GptqTensor:
-            return _weight(codes, tensors, quantization, default_dtype, size, opened)
-
-        packed = [ref for ref in tensors.values() if ref.name.endswith(CODES)]
-        return read_modules(tensors, config, packed, weight, name=self.name, endings=ENDINGS)
+        return lambda codes: _weight(codes, tensors, quantization, default_dtype, size, opened)
 
 
 GPTQ = Gptq()
@@ -126,12 +115,9 @@ def _weight(
         CorruptFileError: parts that do not fit, or are not there.
     """
     module = codes.name.removesuffix(CODES)
-    scales = required(tensors, f"{module}.scales", codes)
-    zeros = required(tensors, f"{module}.qzeros", codes)
+    scales, zeros = scales_and_zeros(codes, tensors, GPTQ.name)
     order = tensors.get(f"{module}.g_idx")
     bits, fixed = quantization["bits"], not quantization.get("dynamic")
-    if codes.dtype != "I32" or len(codes.shape) != 2 or not codes.size:
-        raise corrupt(f"{codes.dtype} of shape {list(codes.shape)}: GPTQ has I32 matrices", codes)
     words, outputs = codes.shape
     if order is not None and not fixed and len(order.shape) == 1 and order.size:
         bits = words * 32 // order.size
@@ -140,8 +126,6 @@ def _weight(
     inputs = order.size if order is not None else words * 32 // bits
     if inputs * bits != words * 32:
         raise corrupt(f"{words} words of 32 bits do not hold {inputs} codes of {bits} bits", codes)
-    if len(scales.shape) != 2 or not scales.size:
-        raise corrupt(f"scales of shape {list(scales.shape)}: GPTQ has matrices", scales)
     groups, why = scales.shape[0], f"'{codes.name}'"
     of_shape(scales, FLOATS, (groups, outputs), why=why)
     of_shape(zeros, ("I32",), (groups, -(-outputs * bits // 32)), why=why)

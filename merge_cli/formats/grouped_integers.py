@@ -11,12 +11,15 @@ groups. How integers of four bits are written is in formats/int4_encoding.py.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.checkpoint.config import WITH_CONV1D
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.errors import SourceError
 from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.int4_encoding import Int4Encoding
 from merge_cli.formats.packed import (
@@ -28,7 +31,7 @@ from merge_cli.formats.packed import (
     unpack,
 )
 from merge_cli.formats.small_floats import read_scales
-from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, unquantised
+from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, quant_method, unquantised
 from merge_cli.kernels.codes import scale_groups
 
 
@@ -65,6 +68,56 @@ def read_modules(
     reject_leftovers(as_numbers.values(), endings)
     note = f"{len(packed)} {name} weights are read as numbers; they are lossy"
     return DecodedModel(as_numbers, unquantised(config, key), (note,))
+
+
+class ModuleFormat(ABC):
+    """A format that names codes by an ending, with what they are scaled with beside them.
+
+    Attributes:
+        name: what messages call it.
+        method: `quant_method` of config.json.
+        codes: the ending of a module's codes.
+        endings: of all names that the format alone gives.
+    """
+
+    name: str
+    method: str
+    codes: str
+    endings: tuple[str, ...]
+
+    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
+        is_named = quant_method(config) == self.method
+        return is_named and any(name.endswith(self.codes) for name in tensors)
+
+    def decode(
+        self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
+    ) -> DecodedModel:
+        weight = self.weights(tensors, config, label)
+        reject_conv1d(config, label, self.name)
+        packed = [ref for ref in tensors.values() if ref.name.endswith(self.codes)]
+        return read_modules(tensors, config, packed, weight, name=self.name, endings=self.endings)
+
+    @abstractmethod
+    def weights(
+        self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
+    ) -> Callable[[TensorRef], PackedTensor]:
+        """What makes a module's weight from its codes.
+
+        Raises:
+            SourceError: a variant that is not read.
+        """
+
+
+def reject_conv1d(config: Mapping[str, Any], label: str, name: str) -> None:
+    """Models whose own layers are stored [in, out] would have to be turned once more.
+
+    Raises:
+        SourceError: names the model's kind.
+    """
+    kind = str(config.get("model_type", ""))
+    if kind in WITH_CONV1D:
+        message = f"{name} weights of {kind}, whose layers are stored [in, out], are not read"
+        raise SourceError(message, model=label)
 
 
 def apply_groups(numbers: Any, scales: Any, zeros: Any, order: Any = None) -> Any:

@@ -12,13 +12,13 @@ that of the package hqq.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, read_numbers
-from merge_cli.formats.grouped_integers import read_modules
+from merge_cli.formats.grouped_integers import ModuleFormat
 from merge_cli.formats.packed import (
     PackedTensor,
     as_bytes,
@@ -29,8 +29,7 @@ from merge_cli.formats.packed import (
     small_bytes,
     small_numbers,
 )
-from merge_cli.formats.storage_format import DecodedModel, quant_method, usual_dtype
-from merge_cli.formats.transposed_integers import reject_conv1d
+from merge_cli.formats.storage_format import usual_dtype
 
 _CODES = ".W_q"
 _FLOATS = ("F32", "F16", "BF16")
@@ -64,25 +63,16 @@ _SAID = (
 _ENDINGS = (_CODES, *(f".{name}" for name in (*_SAID, "scale", "zero", "zero_scale")))
 
 
-class Hqq:
+class Hqq(ModuleFormat):
     """The format. See `StorageFormat`."""
 
-    name = "HQQ"
+    name, method, codes, endings = "HQQ", "hqq", _CODES, _ENDINGS
 
-    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        return quant_method(config) == "hqq" and any(name.endswith(_CODES) for name in tensors)
-
-    def decode(
+    def weights(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
-    ) -> DecodedModel:
+    ) -> Callable[[TensorRef], HqqTensor]:
         default_dtype = usual_dtype(config)
-        reject_conv1d(config, label, self.name)
-
-        def weight(codes: TensorRef) -> HqqTensor:
-            return _weight(codes, tensors, default_dtype)
-
-        packed = [ref for ref in tensors.values() if ref.name.endswith(_CODES)]
-        return read_modules(tensors, config, packed, weight, name=self.name, endings=_ENDINGS)
+        return lambda codes: _weight(codes, tensors, default_dtype)
 
 
 HQQ = Hqq()

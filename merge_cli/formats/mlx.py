@@ -19,7 +19,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, read_numbers
 from merge_cli.errors import SourceError
 from merge_cli.formats.encoding import Encoding
-from merge_cli.formats.grouped_integers import read_modules
+from merge_cli.formats.grouped_integers import read_modules, reject_conv1d
 from merge_cli.formats.mlx_encoding import MlxAffineEncoding, MlxFp4Encoding
 from merge_cli.formats.packed import (
     PackedRows,
@@ -31,7 +31,6 @@ from merge_cli.formats.packed import (
 )
 from merge_cli.formats.small_floats import fp4_numbers, numbers_of
 from merge_cli.formats.storage_format import DecodedModel, quant_method, usual_dtype
-from merge_cli.formats.transposed_integers import reject_conv1d
 from merge_cli.kernels.codes import scale_groups
 
 _KEY = "quantization"  # of config.json

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_cli.checkpoint.config import WITH_CONV1D
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
 from merge_cli.formats.grouped_integers import apply_groups, read_order
-from merge_cli.formats.packed import PackedRows, StoredMatrix, corrupt
+from merge_cli.formats.packed import PackedRows, StoredMatrix, corrupt, required
 
 FLOATS = ("F16", "BF16", "F32")
 CODES = ".qweight"
@@ -126,6 +125,28 @@ def _floats(raw: Any, dtype: str) -> Any:
     return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
 
 
+def scales_and_zeros(
+    codes: TensorRef, tensors: Mapping[str, TensorRef], name: str
+) -> tuple[TensorRef, TensorRef]:
+    """What a module's codes are scaled with, both matrices.
+
+    Args:
+        name: of the format, for messages.
+
+    Raises:
+        CorruptFileError: one is not there, or what is there are no matrices.
+    """
+    module = codes.name.removesuffix(CODES)
+    scales = required(tensors, f"{module}.scales", codes)
+    zeros = required(tensors, f"{module}.qzeros", codes)
+    if codes.dtype != "I32" or len(codes.shape) != 2 or not codes.size:
+        message = f"{codes.dtype} of shape {list(codes.shape)}: {name} has I32 matrices"
+        raise corrupt(message, codes)
+    if len(scales.shape) != 2 or not scales.size:
+        raise corrupt(f"scales of shape {list(scales.shape)}: {name} has matrices", scales)
+    return scales, zeros
+
+
 def group_size(quantization: Mapping[str, Any], label: str) -> int:
     """Inputs of a group as the config says; -1 where all are one group.
 
@@ -157,15 +178,3 @@ def group_of(scales: TensorRef, inputs: int, size: int, *, fixed: bool) -> int:
         return inputs // groups
     message = f"{groups} groups of {inputs} inputs do not follow from a group_size of {size}"
     raise corrupt(message, scales)
-
-
-def reject_conv1d(config: Mapping[str, Any], label: str, name: str) -> None:
-    """Models whose own layers are stored [in, out] would have to be turned once more.
-
-    Raises:
-        SourceError: names the model's kind.
-    """
-    kind = str(config.get("model_type", ""))
-    if kind in WITH_CONV1D:
-        message = f"{name} weights of {kind}, whose layers are stored [in, out], are not read"
-        raise SourceError(message, model=label)

@@ -13,9 +13,9 @@ import transformers as hf
 
 from merge_cli.conversion.run import convert
 from merge_cli.errors import NonFiniteError, SourceError, UsageError
+from merge_cli.formats.gguf.block_encoding import encode
 from merge_cli.formats.gguf.blocks import BF16, Q8_0
 from merge_cli.formats.gguf.header import read_header
-from merge_cli.formats.gguf.writing import encode
 from tests.support.command import cli, failed
 from tests.support.gguf_files import write_gguf
 from tests.support.tiny import read_model

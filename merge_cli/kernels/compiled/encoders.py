@@ -10,6 +10,7 @@ from merge_cli.kernels.compiled.kernel import (
     INFINITY,
     MAGNITUDE,
     U32,
+    bits_of,
     float_of,
     kernel,
     part,
@@ -96,8 +97,9 @@ def encode_e5m2(rows, tall, wide, scales, codes):
 def group_extremes(values, above, below):
     """How far each group reaches above and below zero; no finite number where one is not."""
     above_bits, below_bits = above.view(np.int32), below.view(np.int32)
+    flat, size = values.reshape(-1).view(np.int32), values.shape[1]
     for g in range(len(values)):
-        bits = values[g].view(np.int32)
+        bits = flat[g * size : (g + 1) * size]
         high, low = np.int32(0), np.int32(0)
         for i in range(len(bits)):
             # As whole numbers, floats above zero are in their order and those below are less.
@@ -172,16 +174,13 @@ def encode_int4(values, scales, zeros, codes):
 @kernel("void(f4[:, ::1], f4[::1], f4[::1], f4, u1[:, ::1])")
 def encode_affine(values, scales, biases, largest, codes):
     """(value - bias) / scale of the group as a whole number from 0 to `largest`."""
-    moved = np.empty(CHUNK, np.float32)
-    moved_bits = moved.view(np.uint32)
+    flat, out = values.reshape(-1), codes.reshape(-1)
+    size = values.shape[1]
     for g in range(len(values)):
         scale, bias = scales[g], biases[g]
-        for begin in range(0, values.shape[1], CHUNK):
-            group, out = values[g, begin : begin + CHUNK], codes[g, begin : begin + CHUNK]
-            for i in range(len(group)):
-                q = (group[i] - bias) / scale
-                q = q if q > F32(0.0) else F32(0.0)
-                q = q if q < largest else largest
-                moved[i] = q + _ROUND
-            for i in range(len(group)):
-                out[i] = np.uint8(moved_bits[i] & U32(0xFF))
+        group, target = flat[g * size : (g + 1) * size], out[g * size : (g + 1) * size]
+        for i in range(len(target)):
+            q = (group[i] - bias) / scale
+            q = q if q > F32(0.0) else F32(0.0)
+            q = q if q < largest else largest
+            target[i] = np.uint8(bits_of(q + _ROUND) & U32(0xFF))

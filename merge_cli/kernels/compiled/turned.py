@@ -75,7 +75,7 @@ def turned_eights(stored, stride, width, shifts, zeros, scales, group, skip, beg
     """
     rows = len(scales)
     turned = np.empty((_LINES, _WORDS), np.uint32)
-    codes = np.empty(_WORDS, np.uint8)
+    codes, flat = np.empty(_WORDS, np.uint8), turned.reshape(-1)
     eights = (skip + rows + 7) // 8
     for first in range(0, eights, _LINES):
         columns = min(_LINES, eights - first)
@@ -87,11 +87,11 @@ def turned_eights(stored, stride, width, shifts, zeros, scales, group, skip, beg
                     row = 8 * (first + i) + k - skip
                     if row < 0 or row >= rows:
                         continue
-                    shift, word = shifts[k], turned[i, :lines]
-                    for j in range(lines):
+                    shift, word, here = shifts[k], flat[i * _WORDS :], codes[:lines]
+                    for j in range(len(here)):
                         # A shift that is seen to be below 32 leaves the words at 32 bits.
-                        codes[j] = _U8(U32(word[j] >> (shift & U32(31))) & U32(15))
-                    scaled_tile(codes[:lines], line, row, width, zeros, scales, group, begin, out)
+                        here[j] = _U8(U32(word[j] >> (shift & U32(31))) & U32(15))
+                    scaled_tile(here, line, row, width, zeros, scales, group, begin, out)
 
 
 @part()
