@@ -314,7 +314,7 @@ def test_larger_blocks_write_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(memory, "_HOST_BLOCK", 256)
     monkeypatch.setattr(memory, "BLOCK_MULTIPLE", 64)
-    recipe = family.recipe("breadcrumbs", parameters={"density": 0.53})  # has no loop of files
+    recipe = family.recipe("breadcrumbs", parameters={"density": 0.53})
     digests = set()
     for threads in (1, memory._MANY_THREADS):
         merge(recipe, tmp_path / str(threads), threads=threads)
