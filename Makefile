@@ -46,20 +46,26 @@ bench: $(VENV)/.installed
 zoo: $(VENV)/.installed
 	$(BIN)/python scripts/zoo/build.py --out zoo
 
-# What a user installs; a torch that is there is kept.
-$(VENV)/.core: pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# A torch that is there is kept.
+$(VENV)/.torch: | $(VENV)/bin/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || \
 		{ echo "Installing $(TORCH) into $(VENV): minutes, a large download ..."; $(PIP) "$(TORCH)"; }
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV)
+
+# What a user installs.
+$(VENV)/.core: pyproject.toml | $(VENV)/.torch
 	@echo "Installing merge-cli and what it needs into $(VENV) ..."
 	@$(PIP) -e .
 	@touch $@
 
-# And what tests, checks and documentation need: minutes.
-$(VENV)/.installed: $(VENV)/.core
-	@echo "Installing what tests, checks and documentation need into $(VENV): minutes ..."
+# The same, and what tests, checks and documentation need: minutes.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.torch
+	@echo "Installing merge-cli and what tests, checks and documentation need: minutes ..."
 	@$(PIP) -e ".[dev]"
-	@touch $@
+	@touch $(VENV)/.core $@
 
 # What tests/whole/test_editors.py opens recipes with; without npm those tests are skipped.
 $(VENV)/editors: $(VENV)/.installed

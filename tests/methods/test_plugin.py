@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method, method_of
+from tests.support.command import cli
 from tests.support.paths import ROOT
 from tests.support.tiny import Family, read_model
 
@@ -36,27 +34,19 @@ def strongest(base, deltas, *, weight: PerModel[float] = each(1.0), lambda_: flo
 '''
 
 
-def install(folder: Path, code: str) -> dict[str, str]:
-    """A package with an entry point, as pip would leave it; returns the environment to see it."""
+def install(folder: Path, code: str) -> None:
+    """A package with an entry point, as pip would leave it, for commands that are run there."""
     (folder / "strongest.py").write_text(code)
     info = folder / "strongest_merge-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strongest-merge\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[merge_cli.methods]\nstrongest = strongest\n")
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
-def cli(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "merge_cli", *map(str, arguments)],
-        env=env, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
 
 
 def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
-    env = install(tmp_path, PLUGIN)
+    install(tmp_path, PLUGIN)
     recipe = family.recipe("strongest", parameters={"lambda": 0.5})
-    done = cli(env, "run", recipe, tmp_path / "out")
+    done = cli("run", recipe, tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     merged = read_model(tmp_path / "out")
     name = "model.norm.weight"
@@ -64,9 +54,9 @@ def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
     deltas = [model[name].float() - base for model in family.models]
     best = max(deltas, key=lambda d: float(d[5].abs()))[5]
     assert float(merged[name][5]) == pytest.approx(float(base[5] + 0.5 * best), abs=0.01)
-    assert "Take the largest change" in cli(env, "methods", "strongest").stdout
+    assert "Take the largest change" in cli("methods", "strongest", cwd=tmp_path).stdout
     bad = family.recipe("strongest", parameters={"lamda": 0.5})
-    done = cli(env, "run", bad, tmp_path / "x")
+    done = cli("run", bad, tmp_path / "x", cwd=tmp_path)
     assert done.returncode == 2
     assert "strongest has no such parameter. Did you mean 'lambda'?" in done.stderr
 
@@ -74,10 +64,10 @@ def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
 def test_the_page_on_writing_methods(family: Family, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "writing_a_method.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
-    env = install(tmp_path, code)
+    install(tmp_path, code)
     for method in ("clipped_sum", "equal_sum"):
         recipe = family.recipe(method, models=[{"weight": 0.5}, {"weight": 0.5}])
-        done = cli(env, "run", recipe, tmp_path / method)
+        done = cli("run", recipe, tmp_path / method, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
@@ -119,8 +109,8 @@ def test_keywords_of_earlier_versions_are_read_with_a_note() -> None:
 
 
 def test_a_broken_plugin_is_named(family: Family, tmp_path: Path) -> None:
-    env = install(tmp_path, "import nothing_of_that_name\n")
-    done = cli(env, "methods")
+    install(tmp_path, "import nothing_of_that_name\n")
+    done = cli("methods", cwd=tmp_path)
     assert done.returncode == 2
     assert "package 'strongest-merge' failed to load" in done.stderr
     assert "Traceback" not in done.stderr

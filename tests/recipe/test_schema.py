@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from merge_cli.json_schema import evaluation_schema, objective_schema, recipe_sc
 from merge_cli.methods.registry import all_methods
 from merge_cli.planning.resolve import check_recipe
 from merge_cli.recipe.load import parse_text
+from tests.support.command import cli
 from tests.support.paths import ROOT
 
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs").glob("*/*.yaml")])
@@ -487,19 +486,14 @@ def test_objectives() -> None:
     assert not validator.is_valid(yaml.safe_load("[{task: loss, data: x.jsonl, wieght: 3}]"))
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "merge_cli", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command_prints_them() -> None:
     for flags, schema in (
         ((), recipe_schema()),
         (("--eval",), evaluation_schema()),
         (("--objective",), objective_schema()),
     ):
-        assert json.loads(command("schema", *flags).stdout) == schema
-    both = command("schema", "--eval", "--objective")
+        assert json.loads(cli("schema", *flags).stdout) == schema
+    both = cli("schema", "--eval", "--objective")
     assert both.returncode == 2
     assert "exclude each other" in both.stderr
 

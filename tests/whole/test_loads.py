@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +36,7 @@ from tests.support.architectures import (
     state_of,
     write_parents,
 )
+from tests.support.command import cli
 from tests.support.paths import ROOT
 from tests.support.tiny import Tensors
 
@@ -519,9 +518,8 @@ def test_what_the_command_line_writes_loads(tmp_path: Path) -> None:
     parents = write_parents(tmp_path, LLAMA)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for("ties")))
-    command = [sys.executable, "-m", "merge_cli", "run", "--device", "cpu"]
-    command += [str(recipe), str(tmp_path / "cli")]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    done = cli("run", "--device", "cpu", recipe, tmp_path / "cli", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     model = LLAMA.load(tmp_path / "cli")
     assert_works(LLAMA, model)
     again = LLAMA.load(parents.merge(tmp_path / "api", "ties"))
