@@ -215,8 +215,8 @@ def test_energy_chooses_a_rank_for_each_layer(tmp_path: Path) -> None:
 
 def test_a_rank_above_all_and_numbers_that_are_none_are_said(tmp_path: Path) -> None:
     tune(tmp_path, llama)
-    base = tmp_path / "base"
-    extracted = merge_cli.extract_lora(tmp_path / "tuned", tmp_path / "all", rank=99, base=base)
+    tuned, base = tmp_path / "tuned", tmp_path / "base"
+    extracted = merge_cli.extract_lora(tuned, tmp_path / "all", base=base, rank=99)
     assert "no matrix has more than rank 16: --rank 99 cuts nothing off" in extracted.notes
     from safetensors.torch import save_file
 
@@ -224,7 +224,7 @@ def test_a_rank_above_all_and_numbers_that_are_none_are_said(tmp_path: Path) -> 
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj") as caught:
-        merge_cli.extract_lora(tmp_path / "tuned", tmp_path / "none", base=base)
+        merge_cli.extract_lora(tuned, tmp_path / "none", base=base)
     assert "--exclude" in str(caught.value)
     assert not (tmp_path / "none").exists()
 
