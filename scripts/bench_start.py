@@ -66,6 +66,7 @@ def main() -> None:
     helps: dict[str, list[float]] = {name: [] for name in ("minimal", *checkouts)}
     merges: dict[str, list[float]] = {name: [] for name in ("imports", *checkouts)}
     for number in range(given.rounds + 1):
+        print(f"round {number} of {given.rounds}", file=sys.stderr)
         env = command_of(checkouts["ours"])[1]
         one = {"minimal": sum(cpu([sys.executable, "minimal.py", "--help"], env, work))}
         two = {"imports": cpu([sys.executable, "-c", "import numpy, numba"], env, work)[0]}
