@@ -14,7 +14,6 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from merge_cli.cli.guesses import ALIASES, command_meant, option_meant
-from merge_cli.cli.values import spare_checks
 
 # Titles of the panels that several commands share.
 RESOURCES = "Resources"
@@ -27,12 +26,6 @@ class HelpCommand(TyperCommand):
 
     An unknown option names the nearest one.
     """
-
-    def get_params(self, ctx: Any) -> Any:
-        params = super().get_params(ctx)
-        for param in params:
-            spare_checks(param)
-        return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse a command's arguments.
@@ -67,12 +60,6 @@ class HelpCommand(TyperCommand):
 
 class HelpGroup(TyperGroup):
     """The list of commands, likewise. An unknown command names the nearest one."""
-
-    def get_params(self, ctx: Any) -> Any:
-        params = super().get_params(ctx)
-        for param in params:
-            spare_checks(param)
-        return params
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find a command; a name that is obviously meant for one finds it, too.

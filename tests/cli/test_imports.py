@@ -25,6 +25,7 @@ PACKAGES = {
     "typing_extensions",
     "yaml",
 }
+BY_TYPER = {"annotated_types", "pydantic", "pydantic_core", "typing_inspection"}  # if it can
 BY_THE_FIRST_LOOP = {"_cffi_backend", "cffi", "pycparser", "scipy"}  # numba looks for them
 # Rooms whose recipes are others, and what says so.
 IDLE = ("auto", "calibration", "dam", "evolve")
@@ -53,7 +54,9 @@ def test_a_plain_merge_imports_what_is_listed(family: Family, tmp_path: Path) ->
     modules = imported(RUN, "run", family.recipe("ties"), tmp_path / "out")
     floor = imported("import numpy, numba")
     packages = {name.partition(".")[0] for name in modules - floor} - sys.stdlib_module_names
-    assert packages - {name.partition(".")[0] for name in floor} <= PACKAGES | BY_THE_FIRST_LOOP
+    assert packages - {name.partition(".")[0] for name in floor} <= (
+        PACKAGES | BY_TYPER | BY_THE_FIRST_LOOP
+    )
 
     inside = {tuple(name.split(".")[1:]) for name in modules if name.startswith("merge_cli.")}
     assert {path[0] for path in inside} & ABSENT == set()
