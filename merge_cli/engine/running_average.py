@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES, promoted, torch_dtype
-from merge_cli.engine.state_dicts import StateDict, check_tensors, dtype_name, same_memory
+from merge_cli.engine.dict_tensors import StateDict, check_tensors, dtype_name, same_memory
 from merge_cli.engine.worker_context import all_finite
 from merge_cli.errors import CorruptFileError, MismatchError, NonFiniteError, Problem, UsageError
 from merge_cli.kernels.convert import encode

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import merge_cli
-from merge_cli.engine import state_dicts as module
+from merge_cli.engine import dict_merger
 from merge_cli.errors import MismatchError, NonFiniteError, RecipeError, UsageError
 from merge_cli.methods.registry import all_methods, get_method
 from merge_cli.options import MergeOptions
@@ -94,7 +94,7 @@ def test_blocks_do_not_matter(
     base, *others = [{"w": torch.randn(300, 1000, generator=generator)} for _ in range(4)]
     results = []
     for block in (65_536, 4 * 65_536, 64 * 65_536):
-        monkeypatch.setattr(module, "_CPU_BLOCK", block)
+        monkeypatch.setattr(dict_merger, "_CPU_BLOCK", block)
         results.append(
             merge_cli.merge_state_dicts(others, None, "ties", base, density=0.3, semantics="paper")
         )
