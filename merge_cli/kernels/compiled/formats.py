@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import INFINITY, kernel
-from merge_cli.kernels.compiled.tiles import (
-    BF16,
-    F16,
-    TILE,
-    decode_tile,
-    encode_tile,
-    largest_key_tile,
-    load_tile,
-)
+from merge_cli.kernels.compiled.tile_measures import largest_key_tile
+from merge_cli.kernels.compiled.tiles import BF16, F16, TILE, decode_tile, encode_tile, load_tile
 
 
 @kernel("boolean(u2[:, ::1], f4[:, ::1], f4[::1], boolean, boolean)")

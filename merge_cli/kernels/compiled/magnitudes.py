@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.tiles import (
-    TILE,
+from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
     count_range_tile,
     count_trimmed_tile,
 )
+from merge_cli.kernels.compiled.tiles import TILE
 
 
 @kernel("i8(f4[::1], u4, u4, u4, i4[::1])")

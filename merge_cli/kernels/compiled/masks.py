@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
-from merge_cli.kernels.compiled.tiles import count_words_tile, mixed_word
+from merge_cli.kernels.compiled.tile_measures import count_words_tile
+from merge_cli.kernels.compiled.tiles import mixed_word
 
 
 @kernel("void(f4[:, ::1], u4[:, ::1], u4, f4[::1], f4[:, ::1])")

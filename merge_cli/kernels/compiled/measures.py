@@ -5,12 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
-from merge_cli.kernels.compiled.tiles import (
-    TILE,
-    count_mixed_tile,
-    count_pair_tile,
-    signs_tile,
-)
+from merge_cli.kernels.compiled.tile_measures import count_mixed_tile, count_pair_tile, signs_tile
+from merge_cli.kernels.compiled.tiles import TILE
 
 _SUMS = {"reassoc", "nsz"}
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.tiles import (
-    TILE,
+from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
     count_mixed_tile,
@@ -19,11 +18,10 @@ from merge_cli.kernels.compiled.tiles import (
     count_words_tile,
     dot_lanes_tile,
     dot_tile,
-    load_tile,
     signs_tile,
     square_change_tile,
-    tile_of,
 )
+from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 
 
 @kernel(
