@@ -45,10 +45,7 @@ def demo(
     check_folder(out, overwrite=overwrite)
     screen = console.Screen(quiet=quiet)
     screen.say(INTRODUCTION)
-    screen.say(
-        "Merging (the first merge on a machine compiles for some seconds), then asking each model "
-        "500 questions ..."
-    )
+    screen.say("Merging, then asking each model 500 questions ...")
     from merge_cli.demo.run import run_demo  # after the lines: loading its libraries takes a while
 
     options = MergeOptions(device=device, threads=threads, overwrite=overwrite)
