@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest_plugins = (
     "tests.support.compiled",
     "tests.support.hub_server",
+    "tests.support.ray_nodes",
     "tests.support.stores",
     "tests.support.coverage_summary",
 )

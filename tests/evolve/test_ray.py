@@ -14,20 +14,9 @@ from merge_cli.evolve import workers
 from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.workers import RayWorkers
 from tests.support.evolve_tiny import journal, run_search, write_family, write_search
-from tests.support.paths import ROOT
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """Ray with room for two actors; what they import, they find where this process does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        yield
-        ray.shutdown()
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("nodes")]  # Ray's own
 
 
 @pytest.fixture
