@@ -170,7 +170,7 @@ def rates(results: Results, work: Path, sizes: Sizes) -> dict[str, float]:
             if f"{rate:g}" in results.read()["rates"].get(kind, {}):
                 continue
             start = soup(Context(zoo, SEEDS[0], work / "runs" / "rates", {})).folder
-            found = train(kind, zoo, start, sizes.budgets[0][1], rate, SEEDS[0], None)
+            found = train(kind, zoo, start, sizes.budget(""), rate, SEEDS[0], None)
             results.add((["rates", kind, f"{rate:g}"], min(found.losses)))
             print(f"{kind} with {rate:g}: {min(found.losses):.4f}", flush=True)
     return {

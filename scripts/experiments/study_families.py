@@ -34,7 +34,7 @@ class Sizes:
         val, test: rows of text, and of maths, to choose by and to judge by.
         examples: of each source that Fisher and RegMean look at.
         budgets: tokens of all sources together that a training learns from, by name; the empty
-            name is merge-cli's default, and learning rates are chosen with the first.
+            name is merge-cli's default, with which learning rates are chosen, too.
         automatic: keys that the recipes of `merge_method: auto` get.
     """
 
