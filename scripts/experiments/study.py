@@ -1,6 +1,6 @@
 """All ways from averaging to automation, on two families of models, three seeds each.
 
-    python scripts/experiments/study.py             # about 80 minutes of CPU; stop it at any time
+    python scripts/experiments/study.py             # hours of CPU; stop it at any time
     python scripts/experiments/study.py --quick     # that everything runs: a few minutes
     python scripts/experiments/study.py --table     # tables and figures from study.json again
 
