@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Fisher": {"merge_method": "fisher", "statistics": _EXAMPLES, "data": True},
     "RegMean": {"merge_method": "regmean", "statistics": _EXAMPLES, "data": True},
     "DAM": {
-        "merge_method": "dam", "data": True,
+        "merge_method": "dam", "data": True, "statistics": _EXAMPLES,
         "training": {"tokens": 8192, "max_length": 128, "held_out_tokens": 512},
     },
     "auto": {

@@ -1,6 +1,6 @@
 """All ways from averaging to automation, on two families of models, three seeds each.
 
-    python scripts/experiments/study.py             # about 80 minutes of CPU; stop it at any time
+    python scripts/experiments/study.py             # hours of CPU; stop it at any time
     python scripts/experiments/study.py --quick     # that everything runs: a few minutes
     python scripts/experiments/study.py --table     # tables and figures from study.json again
 
@@ -43,7 +43,7 @@ from study_methods import (
     statistics,
     trained,
 )
-from study_page import DOCS, ONCE, SEEDS, SOUP, publish
+from study_page import BUDGETS, DOCS, ONCE, SEEDS, SOUP, publish
 from study_training import KINDS, RATES, train
 
 # In stages: what a stop leaves out is the end of this, not the last seed of everything.
@@ -64,11 +64,11 @@ STAGES: tuple[dict[str, Run], ...] = (
         "DAM from the soup": dam("dam-soup", start="soup", learning_rate=0.1),
         "search": automatic("search", ["search"]),
     },
-    {kind: trained(kind, 1) for kind in KINDS},
-    {
-        "DAM, 12k": dam("dam-small", tokens="small"),
-        **{f"{kind}, 12k": trained(kind, 0) for kind in KINDS},
-    },
+    {kind: trained(kind) for kind in KINDS},
+    *(
+        {f"DAM, {size}": dam("dam-size", size), **{f"{k}, {size}": trained(k, size) for k in KINDS}}
+        for size in BUDGETS
+    ),
 )
 
 
@@ -143,7 +143,7 @@ def measure(results: Results, work: Path, sizes: Sizes, given: argparse.Namespac
             continue
         if key in results.read()["families"].get(name, {}).get("runs", {}):
             continue
-        chosen = rates(results, work, sizes) if method.removesuffix(", 12k") in KINDS else {}
+        chosen = rates(results, work, sizes) if method.partition(", ")[0] in KINDS else {}
         folder = work / "runs" / name
         outcome = run(Context(families[name], seed, folder, chosen))
         losses = families[name].test_losses(outcome.folder)
@@ -166,15 +166,13 @@ def rates(results: Results, work: Path, sizes: Sizes) -> dict[str, float]:
     """The trainings' learning rates, chosen on the zoo's validation rows with the first seed."""
     zoo = family_of("zoo", sizes)
     for kind in KINDS:
-        if kind in results.read()["rates"]:
-            continue
-        start = soup(Context(zoo, SEEDS[0], work / "runs" / "rates", {})).folder
-        tried = {
-            f"{rate:g}": min(train(kind, zoo, start, sizes.budgets[0], rate, SEEDS[0], None).losses)
-            for rate in RATES[kind]
-        }
-        results.add((["rates", kind], tried))
-        print(f"rates of {kind}: {tried}", flush=True)
+        for rate in RATES[kind]:
+            if f"{rate:g}" in results.read()["rates"].get(kind, {}):
+                continue
+            start = soup(Context(zoo, SEEDS[0], work / "runs" / "rates", {})).folder
+            found = train(kind, zoo, start, sizes.budget(""), rate, SEEDS[0], None)
+            results.add((["rates", kind, f"{rate:g}"], min(found.losses)))
+            print(f"{kind} with {rate:g}: {min(found.losses):.4f}", flush=True)
     return {
         kind: float(min(tried, key=tried.__getitem__))
         for kind, tried in results.read()["rates"].items()

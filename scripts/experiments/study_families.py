@@ -33,19 +33,35 @@ class Sizes:
     Attributes:
         val, test: rows of text, and of maths, to choose by and to judge by.
         examples: of each source that Fisher and RegMean look at.
-        budgets: tokens of all sources together that a training learns from, small and default.
+        budgets: tokens of all sources together that a training learns from, by name; the empty
+            name is merge-cli's default, with which learning rates are chosen, too.
         automatic: keys that the recipes of `merge_method: auto` get.
     """
 
     val: tuple[int, int] = (7, 40)
     test: tuple[int, int] = (20, 80)
     examples: int = 96
-    budgets: tuple[int, int] = (12_288, 32_768)
+    budgets: tuple[tuple[str, int], ...] = (
+        ("12k", 12_288),
+        ("", 32_768),
+        ("50k", 50_000),
+        ("200k", 200_000),
+    )
     automatic: tuple[tuple[str, Any], ...] = ()
+
+    def budget(self, name: str) -> int:
+        """Tokens that a training learns from."""
+        return dict(self.budgets)[name]
 
 
 FULL = Sizes()
-QUICK = Sizes((2, 4), (2, 4), 2, (600, 900), (("budget", {"tokens": 25_000}),))
+QUICK = Sizes(
+    (2, 4),
+    (2, 4),
+    2,
+    (("12k", 600), ("", 900), ("50k", 1000), ("200k", 1200)),
+    (("budget", {"tokens": 25_000}),),
+)
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,11 @@ def _statistics(context: Context) -> Recipe:
     return {"examples": context.family.sizes.examples, "max_length": 128}
 
 
-def dam(name: str, **training: Any) -> Run:
-    """Learned coefficients; `tokens` may be the number of a budget."""
+def dam(name: str, budget: str = "", **training: Any) -> Run:
+    """Learned coefficients, with as many tokens as a budget has."""
 
     def run(context: Context) -> Outcome:
-        small, default = context.family.sizes.budgets
-        options = {**training, "tokens": small if training.get("tokens") == "small" else default}
+        options = {**training, "tokens": context.family.sizes.budget(budget)}
         recipe = {
             "merge_method": "dam",
             "base_model": str(BASE),
@@ -202,17 +201,17 @@ def automatic(name: str, methods: Sequence[str] = ()) -> Run:
     return run
 
 
-def trained(kind: str, size: int) -> Run:
+def trained(kind: str, budget: str = "") -> Run:
     """The soup, trained on as many tokens as a budget has, at the rate that the zoo chose."""
 
     def run(context: Context) -> Outcome:
         from study_training import train
 
         start = soup(context)
-        out = context.work / f"{kind.replace(' ', '-')}-{size}"
+        out = context.work / kind.replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)
-        budget, rate = context.family.sizes.budgets[size], context.rates[kind]
-        found = train(kind, context.family, start.folder, budget, rate, context.seed, out)
+        tokens, rate = context.family.sizes.budget(budget), context.rates[kind]
+        found = train(kind, context.family, start.folder, tokens, rate, context.seed, out)
         details = {"validation": found.losses, "rate": rate}
         return Outcome(out, start.cpu + found.cpu, found.tokens, "", details)
 

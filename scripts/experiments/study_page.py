@@ -20,6 +20,7 @@ from merge_cli.auto.measure import Losses, from_json, gain, mean_loss
 
 SEEDS = (0, 1, 2)
 SOUP = "uniform soup"
+BUDGETS = ("12k", "50k", "200k")  # beside the default, which has no name
 ONCE = ("base", "expert 1", "expert 2", "expert 3", SOUP)  # neither rows nor chance
 GROUPS: dict[str, tuple[str, ...]] = {
     "no data": ONCE,
@@ -27,18 +28,25 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "a few examples": ("Fisher", "RegMean"),
     "automatic": ("search", "DAM", "DAM from the soup", "auto"),
     "training all weights": ("fine-tuning", "distillation", "LoRA distillation"),
-    "12k tokens": (
-        "DAM, 12k", "fine-tuning, 12k", "distillation, 12k", "LoRA distillation, 12k",
-    ),
+} | {
+    f"{size} tokens": (
+        f"DAM, {size}",
+        f"fine-tuning, {size}",
+        f"distillation, {size}",
+        f"LoRA distillation, {size}",
+    )
+    for size in BUDGETS
 }  # fmt: skip
 # What the conclusions compare: the gain of the first over the second.
 PAIRS = (
     ("Fisher", "task arithmetic"), ("DAM", "task arithmetic"), ("DAM", "Fisher"),
     ("auto", "Fisher"), ("auto", "DAM"), ("DAM", "DAM from the soup"), ("DAM", "search"),
     ("DAM", "distillation"), ("DAM", "LoRA distillation"), ("DAM", "fine-tuning"),
-    ("DAM, 12k", "distillation, 12k"),
+    *((f"DAM, {size}", f"distillation, {size}") for size in BUDGETS),
 )  # fmt: skip
-_COLOURS = ("#555555", "#957000", "#00805c", "#0068a8", "#c8500a", "#a8508a")
+_COLOURS = (
+    "#555555", "#957000", "#00805c", "#0068a8", "#c8500a", "#a8508a", "#7a4fb5", "#3a3a8a",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ def draw(name: str, family: Mapping[str, Any], domains: Sequence[str], folder: P
         colour = _COLOURS[number]
         axes.errorbar(x, y, yerr=bars, fmt="o", color=colour, capsize=3, markersize=5, label=group)
         for (method, _), left, height in zip(points, x, y, strict=True):
-            text = method.removesuffix(", 12k")
+            text = method.partition(", ")[0]
             axes.annotate(text, (left, height), (5, 4), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="#888", linewidth=1, linestyle="--")
     axes.set_xscale("log")
