@@ -24,6 +24,8 @@ _WORD = 32  # bits
 class _MlxEncoding(Encoding):
     """What all modes share: parts of a module, described by the config that the model came with."""
 
+    group: int
+
     @property
     def family(self) -> str:
         return "mlx"
@@ -32,6 +34,11 @@ class _MlxEncoding(Encoding):
         self, groups: Mapping[Encoding, Sequence[str]], unconverted: Sequence[str]
     ) -> dict[str, Any]:
         raise AssertionError("no word of out_dtype writes MLX: the reference's config is kept")
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        if len(shape) < 2 or shape[-1] % self.group or self.group % 8:
+            return f"rows of {shape[-1:]} columns are no groups of {self.group}, in eights"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,6 @@ class MlxAffineEncoding(_MlxEncoding):
     @property
     def described(self) -> str:
         return f"a scale and a bias for each {self.group} columns of a row"
-
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        if len(shape) < 2 or shape[-1] % self.group or self.group % 8:
-            return f"rows of {shape[-1:]} columns are no groups of {self.group}, in eights"
-        return ""
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         *rows, columns = shape
@@ -130,11 +132,6 @@ class MlxFp4Encoding(_MlxEncoding, Fp4Encoding):
     @property
     def described(self) -> str:
         return f"a scale for each {self.group} columns of a row"
-
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        if len(shape) < 2 or shape[-1] % self.group or self.group % 8:
-            return f"rows of {shape[-1:]} columns are no groups of {self.group}, in eights"
-        return ""
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         *rows, columns = shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
-from merge_cli.kernels.compiled.tile_measures import count_mixed_tile, count_pair_tile, signs_tile
+from merge_cli.kernels.compiled.tile_measures import relate_tile
 from merge_cli.kernels.compiled.tiles import TILE
 
 _SUMS = {"reassoc", "nsz"}
@@ -56,18 +56,5 @@ def count_signs(rows, both, agree):
     conflict = 0
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)
-        low, high = least[:length], most[:length]
-        low[:] = 0
-        high[:] = 0
-        for s in range(sources):
-            signs_tile(rows[s, begin : begin + length], signs[s, :length], low, high)
-        conflict += count_mixed_tile(low, high)
-        for s in range(sources):
-            for t in range(s, sources):
-                present, same = count_pair_tile(signs[s, :length], signs[t, :length])
-                both[s, t] += present
-                agree[s, t] += same
-                if s != t:
-                    both[t, s] += present
-                    agree[t, s] += same
+        conflict += relate_tile(rows, begin, length, signs, least, most, both, agree)
     return conflict

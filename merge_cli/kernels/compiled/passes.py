@@ -11,14 +11,12 @@ from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
-    count_mixed_tile,
-    count_pair_tile,
     count_range_tile,
     count_trimmed_tile,
     count_words_tile,
     dot_lanes_tile,
     dot_tile,
-    signs_tile,
+    relate_tile,
     square_change_tile,
 )
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
@@ -90,22 +88,8 @@ def measure_stored(
                 gram[s, t] += product
                 if s != t:
                     gram[t, s] += product
-        if not pairs or sources == 1:
-            continue
-        low_signs, high_signs = least[:length], most[:length]
-        low_signs[:] = 0
-        high_signs[:] = 0
-        for s in range(sources):
-            signs_tile(rows[s, :length], signs[s, :length], low_signs, high_signs)
-        counts[0] += count_mixed_tile(low_signs, high_signs)
-        for s in range(sources):
-            for t in range(s, sources):
-                present, same = count_pair_tile(signs[s, :length], signs[t, :length])
-                both[s, t] += present
-                agree[s, t] += same
-                if s != t:
-                    both[t, s] += present
-                    agree[t, s] += same
+        if pairs and sources > 1:
+            counts[0] += relate_tile(rows, 0, length, signs, least, most, both, agree)
 
 
 @kernel(

@@ -130,6 +130,35 @@ def count_mixed_tile(least, most):
     return np.int64(mixed)
 
 
+@part()
+def relate_tile(rows, begin, length, signs, least, most, both, agree):
+    """Count the signs of every row's tile that begins at `begin`, and of every pair of rows.
+
+    Args:
+        signs: int32 [rows, tile], scratch, as `least` and `most` [tile] are.
+        both, agree: int64 [rows, rows]: elements that are not zero in two rows, and those of one
+            sign; counts are added.
+
+    Returns:
+        elements on which some row is positive and another negative.
+    """
+    sources = len(rows)
+    low, high = least[:length], most[:length]
+    low[:] = 0
+    high[:] = 0
+    for s in range(sources):
+        signs_tile(rows[s, begin : begin + length], signs[s, :length], low, high)
+    for s in range(sources):
+        for t in range(s, sources):
+            present, same = count_pair_tile(signs[s, :length], signs[t, :length])
+            both[s, t] += present
+            agree[s, t] += same
+            if s != t:
+                both[t, s] += present
+                agree[t, s] += same
+    return count_mixed_tile(low, high)
+
+
 @part(fastmath=_SUMS)
 def dot_tile(a, b):
     """The dot product of two rows, in whatever order is quick: for the report."""
