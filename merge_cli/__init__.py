@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merge_cli.adapters.extract import extract_lora
     from merge_cli.analysis.run import analyze
-    from merge_cli.api import MergeResult, compare, merge, plan
+    from merge_cli.api import MergeResult, merge, plan
     from merge_cli.averages import add_checkpoints
+    from merge_cli.comparison.publish import compare
     from merge_cli.engine.running_average import RunningAverage
     from merge_cli.engine.state_dicts import merge_state_dicts
     from merge_cli.errors import MergeCliError
@@ -31,7 +32,7 @@ _HOMES = {
     "add_checkpoints": "merge_cli.averages",
     "analyze": "merge_cli.analysis.run",
     "checkpoint_weights": "merge_cli.recipe.schedule",
-    "compare": "merge_cli.api",
+    "compare": "merge_cli.comparison.publish",
     "evaluate": "merge_cli.evaluation.run",
     "extract_lora": "merge_cli.adapters.extract",
     "load_recipe": "merge_cli.planning.planner",

@@ -234,7 +234,7 @@ class GroupSums:
     ) -> None:
         self._tasks, self._sums, self._base = tasks, sums, base
         keys = [layer_key_of(task.name) for task in tasks]
-        self._layers = [key.index if key else None for key in keys]
+        self._layers = [key.number if key else None for key in keys]
         self._kinds = [kind_of(task.name) for task in tasks]
 
     def total(self) -> Measures | None:

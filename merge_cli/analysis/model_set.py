@@ -17,7 +17,8 @@ from merge_cli.checkpoint.layout import natural_key
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError, UsageError
 from merge_cli.methods.registry import get_method
 from merge_cli.planning.heads import reconcile_heads
-from merge_cli.planning.match import TensorMatch, match_pieces
+from merge_cli.planning.match import match_pieces
+from merge_cli.planning.matches import TensorMatch
 from merge_cli.planning.output_slices import output_slices
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.reference import ModelRef, parse_reference, short_labels

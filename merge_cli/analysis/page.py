@@ -43,7 +43,8 @@ from merge_cli.report.page import (
     soft,
     strong,
 )
-from merge_cli.report.sections import Json, RelationsView, alike, conflict, row, sizes, view_of
+from merge_cli.report.relations import Json, RelationsView, row, view_of
+from merge_cli.report.sections import alike, conflict, sizes
 from merge_cli.system.raw_io import write_error
 
 

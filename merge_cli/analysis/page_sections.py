@@ -21,7 +21,8 @@ from merge_cli.report.page import (
     section,
     two_decimals,
 )
-from merge_cli.report.sections import RelationsView, by_layer, pair_rows, series
+from merge_cli.report.relations import RelationsView, by_layer, pair_rows
+from merge_cli.report.sections import series
 
 _MAX_MAPS = 6  # sources with a separate heat map
 _MAX_PAIRS = 10  # columns of the cosines by kind

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from merge_cli.auto.checks import SEARCH
 from merge_cli.auto.weights import Weights, WeightSearch, candidate_count
-from merge_cli.auto.workspace import AutomaticWorkspace
 from merge_cli.options import OnProgress, Progress
 
 _KIND = "candidate"  # a line of the journal
+
+
+class Journal(Protocol):
+    """What a search keeps of it: `AutomaticWorkspace` is one."""
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]: ...
+
+    def append(self, line: dict[str, Any]) -> None: ...
 
 
 class CandidateSearch:
@@ -26,15 +34,12 @@ class CandidateSearch:
     """
 
     def __init__(
-        self, start: Weights, seed: int, folder: AutomaticWorkspace, on_progress: OnProgress
+        self, start: Weights, seed: int, journal: Journal, on_progress: OnProgress
     ) -> None:
-        self._search, self._folder, self._on_progress = (
-            WeightSearch(start, seed),
-            folder,
-            on_progress,
-        )
+        self._search, self._on_progress = WeightSearch(start, seed), on_progress
+        self._journal = journal
         self._lines = {
-            tuple(line["weights"]): line for line in folder.lines if line["kind"] == _KIND
+            tuple(line["weights"]): line for line in journal.lines if line["kind"] == _KIND
         }
         self._total = candidate_count(len(start))
         self._measured: list[Weights] = []
@@ -63,7 +68,7 @@ class CandidateSearch:
         """Note what a candidate has measured; NaN where it predicts no numbers."""
         line: dict[str, Any] = {"kind": _KIND, "step": SEARCH, "weights": list(weights)}
         line |= {"loss": loss if math.isfinite(loss) else None, **cost}
-        self._folder.append(line)
+        self._journal.append(line)
         self._lines[weights] = line
         self._given.discard(weights)
         self._advance()

@@ -45,8 +45,8 @@ def compare(
 ) -> None:
     """Merge and evaluate several recipes, and compare them with base, sources and baselines."""
     from merge_cli import console
-    from merge_cli.api import compare as run_comparison
-    from merge_cli.api import comparison_spec
+    from merge_cli.comparison.publish import compare as run_comparison
+    from merge_cli.comparison.publish import comparison_spec
 
     spec = comparison_spec(recipes, eval_file, data or []).changed(
         device=device, dtype=dtype, threads=threads

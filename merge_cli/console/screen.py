@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from merge_cli.console.adapters import print_merged
 from merge_cli.console.analysis import print_analysis
+from merge_cli.console.methods import explained_json, print_method, print_methods
 from merge_cli.console.plain import PlainConsole, print_json
 from merge_cli.console.plans import forecast, plan_document
 from merge_cli.console.progress import ProgressLog, progress_bar
@@ -29,11 +29,10 @@ from merge_cli.console.tables import (
     print_table,
 )
 from merge_cli.errors import MergeCliError, ProblemsError
-from merge_cli.planning.preparation import preparation_for, preparations
-from merge_cli.recipe.examples import example_recipe
+from merge_cli.planning.preparation import preparations
 from merge_cli.system.machine import show_seconds, show_size
 from merge_cli.system.notices import send_notices
-from merge_cli.system.terminal import fold_comments, print_wrapped
+from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
@@ -287,58 +286,15 @@ class Screen:
         """All methods, one row each."""
         if as_json:
             print_json(json.dumps([method_json(method) for method in methods], indent=1))
-            return
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("method", "also", "what it does", "paper"):
-            table.add_column(name, overflow="fold")
-        for method in methods:
-            also = ", ".join(method.aliases)
-            table.add_row(method.name, also, escape(method.summary), method.paper)
-        self.out.print(table)
-        self.out.print("\n[dim]merge-cli methods NAME explains one.[/dim]")
+        else:
+            print_methods(self.out, methods)
 
     def method(self, method: Method, *, as_json: bool) -> None:
         """One method: what it does, its parameters with defaults and ranges, an example."""
-        example = example_recipe({method.name, *method.aliases})
-        preparation = preparation_for(method)
         if as_json:
-            result = method_json(method)
-            if preparation is not None:
-                result.update(preparation.options_json(method))
-            result["example"] = example[1] if example else None
-            print_json(json.dumps(result, indent=1))
-            return
-        also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
-        self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
-        least, most = method.count
-        many = f"exactly {least}" if least == most else f"{least} or more"
-        needs = "a base model and " if method.needs_base else ""
-        self.out.print(
-            f"Needs {needs}{many} source{'s' * (least != 1 or most is None)}."
-            + (f" Paper: {method.paper}." if method.paper else "")
-        )
-        for parameter in method.parameters.values():
-            scope = "for each model" if parameter.per_model else "for the merge"
-            default = "set by another parameter" if parameter.default is None else parameter.default
-            default_text = str(default).lower() if isinstance(default, bool) else str(default)
-            self.out.print(
-                f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
-                f"{scope}; default {escape(default_text)}"
-            )
-            self.out.print(f"      {escape(parameter.doc)}")
-        if preparation is not None:
-            preparation.print_options(self.out, method)
-        if example:
-            self.out.print(f"\n[bold]Example[/bold] (configs/{example[0]})\n")
-            self.out.print(
-                textwrap.indent(self._folded(example[1].rstrip()), "  "),
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    def _folded(self, recipe: str) -> str:
-        return recipe if self.out.soft_wrap else fold_comments(recipe, self.out.width - 2)
+            print_json(json.dumps(explained_json(method), indent=1))
+        else:
+            print_method(self.out, method)
 
 
 def show_error(error: MergeCliError) -> None:

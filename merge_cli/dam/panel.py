@@ -33,7 +33,7 @@ def options_json() -> list[dict[str, Any]]:
 
 def print_options(out: Console) -> None:
     """The same as text."""
-    from merge_cli.recipe.training import PRESETS
+    from merge_cli.recipe.training_presets import PRESETS
 
     out.print(f"\nOptions of `training:` (docs/dam.md). Presets: {', '.join(PRESETS)}.\n")
     for option in options_json():

@@ -251,7 +251,7 @@ def coefficient_summary(plan: Plan) -> dict[str, Any]:
         "groups": [
             {
                 "name": name,
-                "layer": layer.index if (layer := layer_key_of(f"{name}.x")) else None,
+                "layer": layer.number if (layer := layer_key_of(f"{name}.x")) else None,
                 "count": sizes[name],
                 "mean": [_rounded(value / sizes[name]) for value in total] if sizes[name] else [],
             }

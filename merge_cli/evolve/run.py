@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ from merge_cli.calibration.run import calibrate
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.evolve.beginning import evaluated_genomes, first_genome
 from merge_cli.evolve.greedy import Greedy, soup_of
 from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
-from merge_cli.evolve.optimizers import EvaluatedGenome, make_optimizer
-from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, plan_search, start_genome
-from merge_cli.evolve.ranking import Ranking
+from merge_cli.evolve.optimizers import make_optimizer
+from merge_cli.evolve.plan import SearchPlan, plan_search
 from merge_cli.evolve.record import References, gate, score_text
 from merge_cli.evolve.rivals import SearchOutcome, judge
-from merge_cli.evolve.static import FISHER, soup_start
+from merge_cli.evolve.static import FISHER
 from merge_cli.evolve.verdict import shown
 from merge_cli.evolve.workers import make_workers
 from merge_cli.methods.registry import get_method
@@ -192,9 +191,9 @@ class _Run:
             decided.search,
             decided.space,
             decided.recipe.seed,
-            self._start(),
+            first_genome(decided, self._folder, self._statics, self._references),
             goals,
-            _evaluated(self._statics, goals),
+            evaluated_genomes(self._statics, goals),
         )
         kind = Asynchronous if decided.search.asynchronous else Loop
         return kind(
@@ -229,34 +228,6 @@ class _Run:
             )
             for merge, outcome in zip(statics, outcomes, strict=True)
         ]
-
-    def _start(self) -> list[float]:
-        """The first genome; what it was is in the journal, so that a resumed run starts alike."""
-        start = next((line for line in self._folder.lines if line["kind"] == "start"), None)
-        if start is not None:
-            return list(start["genome"])
-        decided, search = self._decided, self._decided.search
-        space = decided.space
-        assert space is not None
-        genome = [0.5] * len(space)
-        if search.start == "best" or is_journal(search.start):
-            ranked = best_first([item for item in self._statics if item.genome])
-            genome = ranked[0].genome if ranked else soup_start(space)
-        elif search.start == "softmax":
-            split = decided.objective.search
-            base = self._references.base(split)
-            singles = [self._references.of(i) for i in range(len(decided.labels))]
-            measured = [self._references.values(source, split) for source in singles]
-            totals = [split.score(values, base).total for values in measured]
-            low = min(totals)
-            weights = [math.exp((low - total) / search.temperature) for total in totals]
-            genome = space.weighted([w / math.fsum(weights) for w in weights])
-        elif is_recipe(search.start):
-            genome = start_genome(decided.recipe, search, space)
-        self._folder.append(
-            {"kind": "start", "number": 0, "share": 1.0, "genome": genome, "from": search.start}
-        )
-        return genome
 
     def _choose(self) -> Candidate:
         """The best candidate on the validation split, of the best on the search split."""
@@ -353,12 +324,3 @@ class _Run:
         tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
         message = f"stopped after {tried} evaluations; the best so far, with score "
         return Interrupted(f"{message}{reached}, is there", where=str(path), hint=hint)
-
-
-def _evaluated(statics: Sequence[Candidate], goals: int) -> list[EvaluatedGenome]:
-    """What the optimizer learns of static merges: of those that the space expresses."""
-    ranking = Ranking(goals)
-    scored = [(item.genome, item.score) for item in statics if item.genome and item.score]
-    for _, score in scored:
-        ranking.see(score)
-    return [EvaluatedGenome(genome, *ranking.of(score)) for genome, score in scored]

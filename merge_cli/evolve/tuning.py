@@ -11,8 +11,8 @@ from pathlib import Path
 
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.methods.registry import get_method
+from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.preparation import preparation_for
-from merge_cli.planning.resolve import check_recipe
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.schema import Recipe, SourceSpec

@@ -159,7 +159,7 @@ def is_beyond(name: str, config: Mapping[str, Any]) -> bool:
         key is not None
         and count is not None
         and kind_of(name) == TEXT
-        and (key.index >= count and not config.get("is_encoder_decoder"))
+        and (key.number >= count and not config.get("is_encoder_decoder"))
     )
 
 

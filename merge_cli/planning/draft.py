@@ -14,7 +14,7 @@ from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.tensors import TensorMap
 from merge_cli.methods.registry import Method
 from merge_cli.planning.heads import Copies
-from merge_cli.planning.match import TensorMatches
+from merge_cli.planning.matches import TensorMatches
 from merge_cli.planning.output_slices import OutputSlice
 from merge_cli.planning.plan import TensorTask
 from merge_cli.planning.structure import Origins

@@ -35,10 +35,10 @@ _AFTER = re.compile(
 
 
 class LayerKey(NamedTuple):
-    """A layer of a stack and the rest of the name."""
+    """A layer of a stack, by its number, and the rest of the name."""
 
     stack: str
-    index: int  # type: ignore[assignment]  # of the layer: nobody looks for items of a key
+    number: int
     rest: str
 
     def name(self, index: int) -> str:
@@ -146,7 +146,7 @@ class LayerIndex:
         for number, name in enumerate(self._names):
             key = layer_keys[name]
             if key is not None and key.stack == self.main:
-                self._layers.setdefault(key.index, []).append(number)
+                self._layers.setdefault(key.number, []).append(number)
             elif key is None and self.main is not None and comes_after_layers(name, self.main):
                 self._after.append(number)
             else:
@@ -204,7 +204,7 @@ class LayerPositions:
         self._positions: dict[tuple[str, int], LayerPosition] = {}
 
     def of(self, key: LayerKey) -> LayerPosition:
-        layer = key.stack, key.index
+        layer = key.stack, key.number
         position = self._positions.get(layer)
         if position is None:
             position = self._positions[layer] = self._find(key)
@@ -214,13 +214,13 @@ class LayerPositions:
         sliced = key.stack == self._stack
         first = self._start if sliced else 0
         last = self._heights[key.stack] - first - 1
-        group = f"{key.stack}.{key.index}".lstrip(".")
-        layer = key.index - first if sliced else None
-        if key.index >= self._heights[key.stack]:
+        group = f"{key.stack}.{key.number}".lstrip(".")
+        layer = key.number - first if sliced else None
+        if key.number >= self._heights[key.stack]:
             return LayerPosition(group, 1.0, beyond=True, layer=layer)
         # One number alone is a layer where nothing is taller: `projector.0` beside layers is none.
         alone = 1.0 if sliced or max(self._heights.values()) == 1 else 0.0
-        position = (key.index - first) / last if last > 0 else alone
+        position = (key.number - first) / last if last > 0 else alone
         return LayerPosition(group, position, layer=layer)
 
 

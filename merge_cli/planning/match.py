@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, methodcaller
-from typing import NamedTuple
 
 from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.tensors import Tensor, TensorMap, has_names, in_order
 from merge_cli.errors import Problem
-from merge_cli.planning.absent import BUFFER, AbsentTensors, in_short
+from merge_cli.planning.absent import BUFFER, AbsentTensors
 from merge_cli.planning.layers import (
-    LayerIndex,
     LayerKeys,
     LayerPosition,
     LayerPositions,
     heights,
     known_modules,
-    members,
     model_heights,
 )
+from merge_cli.planning.matches import Model, TensorMatch, TensorMatches
 from merge_cli.planning.output_slices import OutputSlice, SliceOperand
 from merge_cli.recipe.fields import nearest
 from merge_cli.sources.source import Source
@@ -35,78 +32,6 @@ from merge_cli.sources.source import Source
 _LEFT_OUT = (".attn.masked_bias",)
 _MERGEABLE = frozenset(MERGEABLE)
 _VOCABULARY = ("embed", "wte", "lm_head", "shared.weight")
-
-
-class TensorMatch(NamedTuple):
-    """One output tensor.
-
-    Attributes:
-        layer_position: its layer, and where that is in the slice.
-        operands, base: the tensors of the formula; for a copy, the one that is copied.
-        source: index of the source that `operands[0]` is from.
-        copied: why it is copied, whatever the method; empty where it is merged.
-    """
-
-    name: str
-    output_slice: OutputSlice
-    layer_position: LayerPosition
-    operands: tuple[Tensor, ...]
-    base: Tensor | None
-    source: int
-    copied: str = ""
-
-
-@dataclass
-class TensorMatches:
-    """What matching found.
-
-    Attributes:
-        uneven: tensors that not every source has, by what happens to them and why.
-    """
-
-    matches: list[TensorMatch] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    layer_keys: LayerKeys = field(default_factory=LayerKeys)
-
-    def note(self, names: str, why: str, name: str) -> None:
-        """Remember what is told of many tensors in one line: `names` are those of the sources."""
-        self.uneven.setdefault((names, why), []).append(name)
-
-    @property
-    def notes(self) -> list[str]:
-        """A line for all tensors that are treated alike for one reason."""
-        return [
-            f"{in_short(names)}: {message}; {why}" for (message, why), names in self.uneven.items()
-        ]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A source with the tensors that it is taken to have (see heads.py)."""
-
-    source: Source
-    view: TensorMap
-    layer_keys: LayerKeys
-
-    @property
-    def label(self) -> str:
-        return self.source.label
-
-    @cached_property
-    def layer_index(self) -> LayerIndex:
-        """What slices need to know; found for the first of them."""
-        return LayerIndex(self.view, self.source.config, self.layer_keys)
-
-    def parts(self, modules: Sequence[str]) -> dict[str, Model]:
-        """The model's modules, as models; what none of them has goes by an empty name."""
-        members_of = {name: members(name, modules, self.view) for name in modules}
-        taken = {name for names in members_of.values() for name in names}
-        members_of[""] = tuple(name for name in self.view if name not in taken)
-        return {
-            module: replace(self, view={name: self.view[name] for name in names})
-            for module, names in members_of.items()
-        }
 
 
 def match_pieces(
@@ -162,7 +87,7 @@ def _left_over(output_slice: OutputSlice, model: Model) -> Iterator[TensorMatch]
     why = f"in none of the recipe's modules: copied from {model.label}"
     for name, ref in model.view.items():
         key = model.layer_keys[name]
-        group = f"{key.stack}.{key.index}".lstrip(".") if key else name
+        group = f"{key.stack}.{key.number}".lstrip(".") if key else name
         yield TensorMatch(
             name,
             output_slice,
@@ -236,7 +161,7 @@ def _offered(
     shift = output_slice.start - low
     # Every source comes to the same new names: one string serves them all.
     return {
-        sys.intern(key.name(key.index + shift)) if key else name: model.view[name]
+        sys.intern(key.name(key.number + shift)) if key else name: model.view[name]
         for name, key in cut
     }
 

@@ -24,6 +24,7 @@ from merge_cli.planning.draft import Draft
 from merge_cli.planning.heads import head_problems, reconcile_heads
 from merge_cli.planning.layouts import lay_out_alike
 from merge_cli.planning.match import match_pieces
+from merge_cli.planning.method_checks import beyond_note, unused_filters
 from merge_cli.planning.opening import files_of
 from merge_cli.planning.output_slices import (
     described,
@@ -34,7 +35,6 @@ from merge_cli.planning.output_slices import (
 )
 from merge_cli.planning.plan import sliced_names
 from merge_cli.planning.prefixes import rename
-from merge_cli.planning.resolve import beyond_note, unused_filters
 from merge_cli.planning.structure import check_structure
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe

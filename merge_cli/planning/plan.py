@@ -27,7 +27,7 @@ from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.methods.registry import Method
 from merge_cli.planning.heads import Copies
 from merge_cli.planning.layers import layer_key_of
-from merge_cli.planning.match import TensorMatch
+from merge_cli.planning.matches import TensorMatch
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import AlignedVocabulary

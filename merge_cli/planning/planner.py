@@ -25,9 +25,9 @@ from merge_cli.planning import passes
 from merge_cli.planning.draft import Draft
 from merge_cli.planning.encodings import described as encodings_described
 from merge_cli.planning.encodings import left_out_tasks
+from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.opening import one_spelling, open_all, unopenable
 from merge_cli.planning.plan import Plan, outputs_of
-from merge_cli.planning.resolve import check_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.recipe.load import parse_documents, parse_text, read_recipe
 from merge_cli.recipe.mapping import mapping_node

@@ -15,7 +15,7 @@ from merge_cli.formats.encoding import Verbatim
 from merge_cli.methods.registry import Method
 from merge_cli.planning.draft import Draft
 from merge_cli.planning.encodings import Decision, EncodingChoice, problems
-from merge_cli.planning.match import TensorMatch
+from merge_cli.planning.matches import TensorMatch
 from merge_cli.planning.output_slices import OutputSlice, output_slices
 from merge_cli.planning.plan import (
     Action,

@@ -27,7 +27,8 @@ from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
 from merge_cli.recipe.statistics import STATISTICS
 from merge_cli.recipe.sweep import SWEEP, SweepForm
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec
-from merge_cli.recipe.training import TRAINING, Training, contradictions
+from merge_cli.recipe.training import Training, contradictions
+from merge_cli.recipe.training_presets import TRAINING
 
 _FP8_NAMES = ("fp8", "float8", "float8_e4m3fn", "fp8_e4m3", "e4m3")
 

@@ -17,7 +17,8 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.tokenizer import TokenizerSpec
-from merge_cli.recipe.training import Training, preset
+from merge_cli.recipe.training import Training
+from merge_cli.recipe.training_presets import preset
 from merge_cli.recipe.values import Parameter
 
 Parameters = Mapping[str, Parameter]

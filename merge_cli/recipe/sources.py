@@ -2,7 +2,7 @@
 
 Each form stands beside the keys that it reads. Parameters are read for their shape only (scalar,
 gradient, rules with filters; values.py says what they mean); which ones a method has, and in which
-range, is the business of `planning.resolve`.
+range, is the business of `planning.method_checks`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The `training:` section of a recipe whose method learns: options, presets, contradictions.
+"""The `training:` section of a recipe whose method learns: options, and which ones contradict.
 
-Each option is a field with its default, bounds and one line of help; `reader.py` reads them. A
-preset is a set of defaults; what the recipe says itself wins.
+Each option is a field with its default, bounds and one line of help. `training_presets.py` reads
+them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from merge_cli.recipe.forms import Checked, Nullable, Plain, Texts, any_of, finite
-from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import Form, Reader, Schema
+from merge_cli.recipe.reader import Form, Schema
 from merge_cli.recipe.sections import option, section_of
 
 Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
@@ -234,70 +233,6 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else pattern in name
 
 
-# What the paper's own runs have in common: sums of weights, one rate from beginning to end.
-_PAPER: dict[str, Any] = {
-    "granularity": "column",
-    "form": "soup",
-    "start": "soup",
-    "temperature": 2.0,
-    "regularize": {"cosine": 0.01},
-    "learning_rate": 1e-3,
-    "schedule": "constant",
-    "tokens": None,
-    "held_out_tokens": None,
-    "batch_size": 4,
-}
-_BY_TENSOR: dict[str, Any] = {
-    **_PAPER,
-    "granularity": "tensor",
-    "temperature": 1.0,
-    "regularize": {},
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "dam": _PAPER,
-    "dam-reference": {
-        **_PAPER,
-        "activation": "tanh",
-        "start": "raw_soup",
-        "train": ("linear",),
-        "penalize": "parameters",
-        "prompt_loss": True,
-        "top_k": "full",
-        "batch_size": 1,
-        "examples": 1729,
-        "optimizer": "mofo",
-        "clip_norm": 1.0,
-        "keep": "last",
-    },
-    "adamerging": {
-        **_BY_TENSOR,
-        "form": "task_vector",
-        "start": "task_arithmetic",
-        "loss": {"entropy": 1.0},
-    },
-    "expert-merging": {
-        **_BY_TENSOR,
-        "form": "task_vector",
-        "start": "task_arithmetic",
-        "loss": {"kl": 1.0},
-        "regularize": {"l2": 0.01},
-    },
-    "learned-soup": {
-        **_BY_TENSOR,
-        "activation": "softmax",
-        "loss": {"cross_entropy": 1.0},
-        "learning_rate": 0.05,
-    },
-}
-
-
-def preset(name: str) -> Training:
-    """A preset with nothing changed."""
-    given: dict[str, Any] = {"preset": name, **PRESETS[name]}
-    return replace(Training(), **given)
-
-
 def plain_training(training: Training) -> dict[str, Any]:
     """Every option as YAML writes it: a resolved recipe leaves nothing to defaults."""
     result: dict[str, Any] = {}
@@ -351,14 +286,3 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if not any(training.loss.values()):
         result.append(("loss", "every loss has the weight 0.", ""))
     return result
-
-
-def _training(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Training:
-    """A preset with what the recipe itself says, which wins."""
-    result = preset(values.get("preset", "default"))
-    if values.get("activation", "none") != "none" and "preset" not in values:
-        result = replace(result, start="soup")  # see `contradictions`
-    return replace(result, **values)
-
-
-TRAINING = section_of(Training, _training, null=True)

@@ -16,20 +16,15 @@ import fcntl
 import hashlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
-from merge_cli.checkpoint.auxiliary_files import COMPANION_NAMES
 from merge_cli.checkpoint.headers import read_raw_header
-from merge_cli.errors import CorruptFileError, RemoteError
-from merge_cli.formats.dcp.metadata import METADATA, parse_metadata
-from merge_cli.formats.dcp.names import NAMES
+from merge_cli.errors import RemoteError
 from merge_cli.remote.filesystem import (
     WEB,
     AbsentError,
@@ -40,23 +35,12 @@ from merge_cli.remote.filesystem import (
     open_filesystem,
     protocol_of,
 )
+from merge_cli.remote.listing import ASKED, asked, listed, looked_at, with_retries
 from merge_cli.system.caches import cache_folder
 from merge_cli.system.range_file import BLOCK, RangeFile
 from merge_cli.system.raw_io import link_or_copy, write_error
-from merge_cli.system.untrusted import Unreadable, parse_json
 
-_INDEX = "model.safetensors.index.json"
-# What a web server is asked for, as it has no list of its files.
-_NAMES = ("config.json", _INDEX, "model.safetensors", "README.md", "adapter_config.json",
-          "adapter_model.safetensors", "chat_template.jinja", *sorted(COMPANION_NAMES))  # fmt: skip
-_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "Content-MD5", "Digest", "LastModified",
-             "Last-Modified", "last_modified", "mtime", "created")  # fmt: skip
-_MAX_INDEX = 100_000_000
-_MAX_FILES = 10_000
 _BLOCK = 16 * 2**20  # what is written at once, and lost when the connection breaks
-_ATTEMPTS = 3  # in a row that bring nothing
-_PAUSE = 0.5  # seconds; longer with every attempt
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -189,7 +173,7 @@ class RemoteModel:
                 raise UnreachableError(message, model=self.repo_id, file=name, hint="Try again.")
             return data
 
-        return _with_retries(ask)
+        return with_retries(ask)
 
     def _refuse_changed(self, name: str, partial: Path) -> None:
         """Raise if a file is of another version now; what is here of it is of no use then.
@@ -197,7 +181,7 @@ class RemoteModel:
         Raises:
             RemoteError: it is.
         """
-        now = _with_retries(lambda: _looked_at(self.system, self.repo_id, name))
+        now = with_retries(lambda: looked_at(self.system, self.repo_id, name))
         if now != (self.files[name], self.versions[name]):
             partial.unlink(missing_ok=True)
             raise changed(self.repo_id, name)
@@ -212,11 +196,11 @@ def open_remote(address: str) -> RemoteModel:
     """
     address = address.rstrip("/")
     system = open_filesystem(address)
-    listing = _asked(system, address) if protocol_of(address) in WEB else _listed(system, address)
+    listing = asked(system, address) if protocol_of(address) in WEB else listed(system, address)
     if not listing:
         message = "nothing is there (404)"
         if protocol_of(address) in WEB:
-            message = f"none of {', '.join(_NAMES[:3])} is there (404)"
+            message = f"none of {', '.join(ASKED[:3])} is there (404)"
         raise AbsentError(message, model=address, hint="Check the address.")
     files = {name: size for name, (size, _) in listing.items()}
     versions = {name: version for name, (_, version) in listing.items()}
@@ -234,9 +218,9 @@ def open_remote_file(address: str) -> tuple[RemoteModel, str]:
     """
     folder, _, name = address.rpartition("/")
     system = open_filesystem(address)
-    listing = {name: _with_retries(lambda: _looked_at(system, folder, name))}
+    listing = {name: with_retries(lambda: looked_at(system, folder, name))}
     try:
-        listing["config.json"] = _with_retries(lambda: _looked_at(system, folder, "config.json"))
+        listing["config.json"] = with_retries(lambda: looked_at(system, folder, "config.json"))
     except (AbsentError, DeniedError):
         pass
     else:
@@ -245,121 +229,6 @@ def open_remote_file(address: str) -> tuple[RemoteModel, str]:
     files = {name: size for name, (size, _) in listing.items()}
     versions = {name: version for name, (_, version) in listing.items()}
     return RemoteModel(folder, files, versions, system=system), name
-
-
-def _listed(system: Any, address: str) -> dict[str, tuple[int, str]]:
-    """The files of a store's folder, and of folders in it."""
-    with explained(address):
-        root = system._strip_protocol(address).rstrip("/")
-        files = system.find(address, maxdepth=2, detail=True)
-    if len(files) > _MAX_FILES:
-        message = f"more than {_MAX_FILES} files: this is no model's folder"
-        raise RemoteError(message, model=address)
-    result = {}
-    for path, info in files.items():
-        name = str(path).removeprefix(f"{root}/")
-        if name != path and name and ".." not in name.split("/"):
-            result[name] = _size_and_version(info, address, name)
-    return result
-
-
-def _asked(system: Any, address: str) -> dict[str, tuple[int, str]]:
-    """The files that a web server has, of those that models have."""
-    from concurrent.futures import ThreadPoolExecutor  # plans of local models never get here
-
-    with ThreadPoolExecutor(8) as pool:
-
-        def ask(names: Sequence[str]) -> dict[str, tuple[int, str]]:
-            answers = pool.map(lambda name: _if_there(system, address, name), names)
-            return {n: answer for n, answer in zip(names, answers, strict=True) if answer}
-
-        result = ask(_NAMES)
-        if _INDEX in result:
-            result |= ask(_shards(system, address))
-        elif not any(name.endswith(".safetensors") for name in result):
-            result |= ask((METADATA, NAMES))
-            if METADATA in result:
-                result |= ask(_parts(system, address))
-    return result
-
-
-def _shards(system: Any, address: str) -> list[str]:
-    """The files that the index names."""
-    with explained(address, _INDEX):
-        raw = system.cat_file(f"{address}/{_INDEX}", start=0, end=_MAX_INDEX)
-    try:
-        index = parse_json(raw)
-    except Unreadable as error:
-        raise CorruptFileError(str(error), model=address, file=_INDEX) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    plain = (n for n in names if isinstance(n, str) and re.fullmatch(r"[\w.-]{1,200}", n))
-    return sorted(plain)[:_MAX_FILES]  # what is missing, the reader of the index reports
-
-
-def _parts(system: Any, address: str) -> list[str]:
-    """The files that the metadata of a distributed checkpoint name."""
-    with explained(address, METADATA):
-        raw = system.cat_file(f"{address}/{METADATA}", start=0, end=_MAX_INDEX)
-    try:
-        tensors = parse_metadata(raw).tensors
-    except Unreadable as error:
-        raise CorruptFileError(str(error), model=address, file=METADATA) from None
-    return sorted({part.file for tensor in tensors.values() for part in tensor.parts})[:_MAX_FILES]
-
-
-def _if_there(system: Any, address: str, name: str) -> tuple[int, str] | None:
-    """A file's size and version; None where it is not there."""
-    try:
-        return _with_retries(lambda: _looked_at(system, address, name))
-    except AbsentError:
-        return None
-    except DeniedError:
-        if name == _NAMES[0]:
-            raise
-        return None
-
-
-def _looked_at(system: Any, address: str, name: str) -> tuple[int, str]:
-    with explained(address, name):
-        info = system.info(f"{address}/{name}")
-        if info.get("type") == "directory":
-            raise IsADirectoryError
-    return _size_and_version(info, address, name)
-
-
-def _size_and_version(info: Mapping[str, Any], address: str, name: str) -> tuple[int, str]:
-    """What a store says of a file; times as seconds, as which lists and answers do not agree.
-
-    Raises:
-        RemoteError: the store does not say.
-    """
-    size = info.get("size")
-    value = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    version = str(value.timestamp() if isinstance(value, datetime) else value)
-    if type(size) is not int or not version:
-        message = "the server does not say how long it is, or which version (ETag, Last-Modified)"
-        hint = "Download it, and name the file on disk."
-        raise RemoteError(message, model=address, file=name, hint=hint)
-    return size, version
-
-
-def _with_retries(action: Callable[[], T]) -> T:
-    """Try an action again soon, where the store did not answer.
-
-    Raises:
-        RemoteError: as the action does.
-    """
-    for tries in range(1, _ATTEMPTS):
-        try:
-            return action()
-        except UnreachableError:
-            _sleep(_PAUSE * tries)
-    return action()
-
-
-def _sleep(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 @contextmanager

@@ -37,18 +37,8 @@ from merge_cli.report.page import (
     size,
     three_decimals,
 )
-from merge_cli.report.sections import (
-    Json,
-    RelationsView,
-    alike,
-    conflict,
-    conflict_of,
-    groups,
-    kept,
-    pairs_of,
-    sizes,
-    view_of,
-)
+from merge_cli.report.relations import Json, RelationsView, pairs_of, view_of
+from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
 from merge_cli.report.stages import stage_sections
 
 _NO_STATISTICS = "No statistics were measured: there are no norms, cosines or signs to show."

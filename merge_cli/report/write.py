@@ -266,7 +266,7 @@ def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     ]
     return {
         "name": name,
-        "layer": layer.index if layer else None,
+        "layer": layer.number if layer else None,
         "count": stats.count,
         "norm": [_rounded(norm) for norm in norms],
         "relative_norm": [_ratio(norm, base) for norm in norms] if base else None,

@@ -25,7 +25,7 @@ import yaml
 from family import BASE, DATA, ROOT, WORK
 
 import merge_cli
-from merge_cli.api import ComparisonResult
+from merge_cli.comparison.publish import ComparisonResult
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.tasks.loss import LossTask

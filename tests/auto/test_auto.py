@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +186,16 @@ def test_a_search_begins_at_the_best_and_finds_better() -> None:
     assert searched() == (best, tried)
 
 
+@dataclass
+class InMemory:
+    """A search's journal."""
+
+    lines: list[dict[str, Any]]
+
+    def append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.randoms(use_true_random=False), st.integers(0, 40))
 def test_candidates_in_any_order_and_after_a_stop(random: Random, stop: int) -> None:
@@ -196,8 +205,7 @@ def test_candidates_in_any_order_and_after_a_stop(random: Random, stop: int) -> 
         return abs(weights[0] - 0.5) + abs(weights[1] - 0.2)
 
     def searched(workers: int, lines: list[dict[str, Any]], most: int = 1000) -> Weights | None:
-        folder = SimpleNamespace(lines=lines, append=lines.append)
-        search = CandidateSearch((0.3, 0.3), 0, folder, ignore_progress)  # type: ignore[arg-type]
+        search = CandidateSearch((0.3, 0.3), 0, InMemory(lines), ignore_progress)
         busy: list[Weights] = []
         for _ in range(most):
             while len(busy) < workers and (weights := search.next()) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import merge_cli
+from merge_cli.evolve.jobs import Setup
 from merge_cli.evolve.workers import RayWorkers
 from tests.support.evolve_tiny import OPTIONS, write_family, write_search
 from tests.support.merges import digest
@@ -28,8 +29,8 @@ def test_candidates_are_evaluated_on_the_nodes(
     counts: list[int] = []
     real = RayWorkers.__init__
 
-    def counted(self: RayWorkers, *given: object) -> None:
-        real(self, *given)  # type: ignore[arg-type]
+    def counted(self: RayWorkers, setup: Setup, count: int | None) -> None:
+        real(self, setup, count)
         counts.append(self._count)
 
     monkeypatch.setattr(RayWorkers, "__init__", counted)

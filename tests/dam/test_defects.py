@@ -18,7 +18,7 @@ from merge_cli.dam.plan import plan_training
 from merge_cli.evaluation.fingerprints import source_identity
 from merge_cli.evaluation.forward import micro_batches
 from merge_cli.evaluation.teachers import Teacher
-from merge_cli.recipe.training import preset
+from merge_cli.recipe.training_presets import preset
 from tests.support.dam_tiny import (
     check_a_student_outside_the_teachers_top,
     config,

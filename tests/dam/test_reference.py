@@ -13,7 +13,8 @@ from merge_cli.dam.forward import Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, penalty
 from merge_cli.dam.plan import plan_training
 from merge_cli.dam.student import Student
-from merge_cli.recipe.training import contradictions, preset
+from merge_cli.recipe.training import contradictions
+from merge_cli.recipe.training_presets import preset
 from tests.support.dam_tiny import config, plan_of, random_batch, student_of, write_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

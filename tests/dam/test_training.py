@@ -560,7 +560,8 @@ def test_methods_explains_the_dials(capsys: pytest.CaptureFixture[str]) -> None:
 
     from merge_cli.console import Screen
     from merge_cli.methods.registry import get_method
-    from merge_cli.recipe.training import PRESETS, Training, preset
+    from merge_cli.recipe.training import Training
+    from merge_cli.recipe.training_presets import PRESETS, preset
 
     Screen().method(get_method("dam"), as_json=False)
     shown = capsys.readouterr().out

@@ -99,7 +99,7 @@ def test_ties_in_storage_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 def plan_order(family: Family) -> list[str]:
     def key(name: str) -> tuple[int, int, str]:
         place = layer_key_of(name)
-        return (1, place.index, place.rest) if place else (2 * ("norm" in name), 0, name)
+        return (1, place.number, place.rest) if place else (2 * ("norm" in name), 0, name)
 
     return sorted(family.base, key=key)
 
@@ -216,7 +216,7 @@ def test_slerp_turns_around_far_models(tmp_path: Path) -> None:
     merged = merge(tmp_path / "r.yaml", tmp_path / "out")
     for name, tensor in merged.items():
         place = layer_key_of(name)
-        t = place.index / 3 if place else 0.0
+        t = place.number / 3 if place else 0.0
         expected = oracles.slerp(to_array(one.base[name]), to_array(other.base[name]), t)
         assert_close(tensor, expected)
 

@@ -16,9 +16,9 @@ from merge_cli.errors import MergeCliError
 from merge_cli.planning import match, tasks
 from merge_cli.planning.draft import Draft
 from merge_cli.planning.layers import LayerKeys, layer_key_of
+from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.passes import cut_slices, match_tensors
 from merge_cli.planning.planner import load_recipe
-from merge_cli.planning.resolve import check_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import AlignedVocabulary

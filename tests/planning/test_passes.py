@@ -14,6 +14,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.errors import MismatchError, RecipeError
 from merge_cli.planning import planner
 from merge_cli.planning.draft import Draft
+from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.passes import (
     cut_slices,
     match_tensors,
@@ -23,7 +24,6 @@ from merge_cli.planning.passes import (
     unify_prefixes,
 )
 from merge_cli.planning.planner import load_recipe
-from merge_cli.planning.resolve import check_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import AlignedVocabulary

@@ -207,7 +207,7 @@ def test_a_missing_head_that_is_not_tied(tmp_path: Path) -> None:
 def test_layers_are_found_in_names(name: str, stack: str, index: int) -> None:
     place = layer_key_of(name)
     assert place is not None
-    assert (place.stack, place.index, place.name(index)) == (stack, index, name)
+    assert (place.stack, place.number, place.name(index)) == (stack, index, name)
 
 
 def test_stacks() -> None:

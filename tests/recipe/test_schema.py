@@ -18,7 +18,7 @@ from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evolve.objectives import parse_objective
 from merge_cli.json_schema import evaluation_schema, objective_schema, recipe_schema
 from merge_cli.methods.registry import all_methods
-from merge_cli.planning.resolve import check_recipe
+from merge_cli.planning.method_checks import check_recipe
 from merge_cli.recipe.load import parse_text
 from tests.support.command import cli
 from tests.support.paths import ROOT

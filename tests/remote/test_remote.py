@@ -16,7 +16,7 @@ import merge_cli
 from merge_cli.errors import MergeCliError, RemoteError, ResourceError, SourceError
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef, parse_reference
-from merge_cli.remote import models
+from merge_cli.remote import listing, models
 from merge_cli.remote.models import RemoteModel, open_remote
 from merge_cli.sources.opening import open_source
 from merge_cli.sources.source import Source, fetch_weights
@@ -31,7 +31,7 @@ NAME = "model.safetensors"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_sleep", lambda seconds: None)
+    monkeypatch.setattr(listing, "_sleep", lambda seconds: None)
     return tmp_path / "cache"
 
 
