@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import U32, kernel, part
+from merge_cli.kernels.compiled.kernel import U32, as_halves, as_words, kernel, part
 
 _U16, _U64 = np.uint16, np.uint64
 
@@ -23,12 +23,12 @@ def spread_tile(raw, bits, out):
     Copies of the byte, moved so that each has another code in its place, become one integer.
     """
     if bits == 4:
-        pairs = out.view(np.uint16)
+        pairs = as_halves(out)
         for i in range(len(raw)):
             x = U32(raw[i])
             pairs[i] = _U16((x | (x << U32(4))) & U32(0x0F0F))
     elif bits == 2:
-        fours = out.view(np.uint32)
+        fours = as_words(out)
         for i in range(len(raw)):
             x = U32(raw[i])
             x |= x << U32(12)

@@ -10,6 +10,7 @@ from merge_cli.kernels.compiled.kernel import (
     INFINITY,
     MAGNITUDE,
     U32,
+    as_words,
     bits_of,
     float_of,
     kernel,
@@ -29,7 +30,7 @@ def block_largest(rows, tall, wide, largest):
             begin = number * wide
             best = U32(0)
             for r in range(first, min(first + tall, len(rows))):
-                bits = rows[r, begin : begin + wide].view(np.uint32)
+                bits = as_words(rows[r, begin : begin + wide])
                 for i in range(len(bits)):
                     magnitude = bits[i] & MAGNITUDE
                     best = max(best, magnitude if magnitude < INFINITY else U32(0))
@@ -47,7 +48,7 @@ def encode_blocks(rows, tall, wide, scales, codes, fraction, bias, largest, infi
     """
     quotient = np.empty(CHUNK, np.float32)
     shifted = np.empty(CHUNK, np.float32)
-    quotient_bits, shifted_bits = quotient.view(np.uint32), shifted.view(np.uint32)
+    quotient_bits, shifted_bits = as_words(quotient), as_words(shifted)
     columns = rows.shape[1]
     shift, odd_bit = U32(23 - fraction), U32(1)
     half = U32((1 << (22 - fraction)) - 1)
@@ -63,7 +64,7 @@ def encode_blocks(rows, tall, wide, scales, codes, fraction, bias, largest, infi
             for begin in range(number * wide, end, CHUNK):
                 values = rows[r, begin : min(begin + CHUNK, end)]
                 out = codes[r, begin : min(begin + CHUNK, end)]
-                bits = values.view(np.uint32)
+                bits = as_words(values)
                 for i in range(len(values)):
                     quotient[i] = min(abs(values[i] / scale), largest)
                     shifted[i] = quotient[i] + moved
@@ -120,7 +121,7 @@ def encode_e2m1(values, scales, codes):
         here = min(batch, count - first)
         part = flat[first * size : (first + here) * size]
         packed = out[first * size // 2 : (first + here) * size // 2]
-        bits = part.view(np.uint32)
+        bits = as_words(part)
         for g in range(here):
             scale, group = scales[first + g], values[first + g]
             target = quotient[g * size : (g + 1) * size]
@@ -149,7 +150,7 @@ def encode_int4(values, scales, zeros, codes):
     batch = max(1, CHUNK // size)
     moved = np.empty(batch * size, np.float32)
     single = np.empty(batch * size, np.uint8)
-    moved_bits = moved.view(np.uint32)
+    moved_bits = as_words(moved)
     flat, out = values.reshape(-1), codes.reshape(-1)
     for first in range(0, count, batch):
         here = min(batch, count - first)

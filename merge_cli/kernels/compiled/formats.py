@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import INFINITY, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, as_bytes, kernel
 from merge_cli.kernels.compiled.tile_measures import largest_key_tile
 from merge_cli.kernels.compiled.tiles import BF16, F16, TILE, decode_tile, encode_tile, load_tile
 
@@ -21,7 +21,7 @@ def decode_bf16(raw, rows, base, has_base, deltas):
     for begin in range(0, size, TILE):
         minus = base[begin : begin + TILE]
         for s in range(len(raw)):
-            stored = raw[s, begin : begin + TILE].view(np.uint8)
+            stored = as_bytes(raw[s, begin : begin + TILE])
             is_base = has_base and s == 0
             result = minus if is_base else rows[s - has_base, begin : begin + TILE]
             finite &= load_tile(stored, BF16, deltas and not is_base, minus, result)
@@ -33,7 +33,7 @@ def decode_f16(raw, out):
     """float16 bits to float32; whether any is NaN or Inf."""
     finite = True
     for begin in range(0, len(raw), TILE):
-        stored = raw[begin : begin + TILE].view(np.uint8)
+        stored = as_bytes(raw[begin : begin + TILE])
         finite &= decode_tile(stored, F16, out[begin : begin + TILE])
     return not finite
 
@@ -47,7 +47,7 @@ def non_finite(values):
 @kernel("void(f4[::1], u2[::1])")
 def encode_bf16(values, raw):
     """float32 to bfloat16 bits, to nearest, ties to even; every NaN becomes 0x7FC0."""
-    encode_tile(values, BF16, raw.view(np.uint8), values)
+    encode_tile(values, BF16, as_bytes(raw), values)
 
 
 @kernel("boolean(f4[::1], u2[::1])")
@@ -56,6 +56,6 @@ def encode_f16(values, raw):
     shifted = np.empty(TILE, np.float32)
     fits = True
     for begin in range(0, len(values), TILE):
-        stored = raw[begin : begin + TILE].view(np.uint8)
+        stored = as_bytes(raw[begin : begin + TILE])
         fits &= encode_tile(values[begin : begin + TILE], F16, stored, shifted)
     return not fits

@@ -25,6 +25,8 @@ F32 = np.float32
 MAGNITUDE = U32(0x7FFFFFFF)  # the bits of a float32 but its sign
 INFINITY = U32(0x7F800000)
 
+# C code calls none of this: a wrapper for it would take a tenth of the time to compile.
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 _UNKEPT = (
     "compiling the loops of this method, up to a minute, because there is no folder to keep them "
     "in. Set NUMBA_CACHE_DIR to one that can be written."
@@ -49,7 +51,8 @@ class Part:
     def compiled(self) -> Callable[..., Any]:
         import numba
 
-        options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
+        # It is called by compiled code alone: a wrapper for Python would be compiled for nothing.
+        options = _OPTIONS | {"fastmath": self._fastmath, "no_cpython_wrapper": True}
         compiled: Callable[..., Any] = numba.njit(**options)(_linked(self._function))
         return compiled
 
@@ -87,6 +90,57 @@ class BitCast(Part):
     @cached_property
     def digest(self) -> str:
         return f"{self._source} as {self._target}"
+
+
+class View(Part):
+    """The bytes of a contiguous array as another type, like `ndarray.view`, which costs 0.1 s to
+    compile for each pair of types.
+
+    Args:
+        target: numba's name of the type; the bytes are a whole number of it.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba import types
+        from numba.core.errors import NumbaTypeError
+        from numba.core.imputils import impl_ret_borrowed
+        from numba.extending import intrinsic
+        from numba.np.arrayobj import make_array, populate_array
+
+        target = types.Array(getattr(types, self._target), 1, "C")
+
+        def view(typing_context: Any, array: Any) -> Any:
+            if array.ndim != 1 or array.layout != "C":
+                raise NumbaTypeError("only contiguous arrays of one dimension can be taken so")
+
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                given = make_array(signature.args[0])(context, builder, arguments[0])
+                viewed = make_array(target)(context, builder)
+                width = context.get_constant(types.intp, target.dtype.bitwidth // 8)
+                count = builder.udiv(builder.mul(given.nitems, given.itemsize), width)
+                populate_array(
+                    viewed,
+                    data=builder.bitcast(given.data, viewed.data.type),
+                    shape=[count],
+                    strides=[width],
+                    itemsize=width,
+                    meminfo=given.meminfo,
+                    parent=given.parent,
+                )
+                return impl_ret_borrowed(context, builder, target, viewed._getvalue())
+
+            return target(array), generate
+
+        compiled: Callable[..., Any] = intrinsic(view)
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return self._target
 
 
 class CFunction(Part):
@@ -223,7 +277,7 @@ class Kernel:
         with self._lock:
             if self._compiled is None:
                 load_registries()
-                options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
+                options = _OPTIONS | {"fastmath": self._fastmath}
                 function = _linked(self._function)
                 try:
                     with _saying_so():
@@ -269,6 +323,7 @@ def part(*, fastmath: Any = False) -> Callable[[Callable[..., Any]], Part]:
 
 bits_of = BitCast("float32", "uint32")
 float_of = BitCast("uint32", "float32")
+as_bytes, as_halves, as_words = View("uint8"), View("uint16"), View("uint32")
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, as_words, kernel
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
@@ -40,11 +40,11 @@ def trim(rows, thresholds, ties, out):
     """
     for s in range(len(rows)):
         threshold, first = thresholds[s], ties[s]
-        bits, result = rows[s, :first].view(np.uint32), out[s, :first].view(np.uint32)
+        bits, result = as_words(rows[s, :first]), as_words(out[s, :first])
         for i in range(len(bits)):
             key = bits[i] & MAGNITUDE
             result[i] = bits[i] if (key >= threshold) & (key <= INFINITY) else U32(0)
-        bits, result = rows[s, first:].view(np.uint32), out[s, first:].view(np.uint32)
+        bits, result = as_words(rows[s, first:]), as_words(out[s, first:])
         for i in range(len(bits)):
             key = bits[i] & MAGNITUDE
             result[i] = bits[i] if (key > threshold) & (key <= INFINITY) else U32(0)
@@ -64,7 +64,7 @@ def find_tie(values, threshold, ordinal):
         row = values[begin : begin + TILE]
         here = count_equal_tile(row, threshold)
         if seen + here >= ordinal:
-            bits = row.view(np.uint32)
+            bits = as_words(row)
             for i in range(len(bits)):
                 seen += (bits[i] & MAGNITUDE) == threshold
                 if seen == ordinal:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, as_words, kernel
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
@@ -163,7 +163,7 @@ def find_stored(stored, starts, kinds, size, based, operands, keys, ordinals, at
             if equal < ordinals[n]:
                 ordinals[n] -= equal
                 continue
-            bits, j = values.view(np.uint32), -1
+            bits, j = as_words(values), -1
             while ordinals[n]:
                 j += 1
                 ordinals[n] -= 1 if U32(bits[j] & MAGNITUDE) == keys[n] else 0
@@ -187,7 +187,7 @@ def keys_stored(stored, starts, kinds, size, based, keys, column):
             raw = tile_of(stored, starts[i], kinds[i], begin, length)
             load_tile(raw, kinds[i], based and s >= 0, minus, minus if s < 0 else values)
             if s >= 0:
-                bits = values.view(np.uint32)
+                bits = as_words(values)
                 into = keys[s, column + begin : column + begin + length]
                 for j in range(length):
                     into[j] = bits[j] & MAGNITUDE

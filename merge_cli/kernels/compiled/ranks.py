@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel, part
+from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, as_words, kernel, part
 from merge_cli.kernels.compiled.tiles import load_tile, tile_of
 
 # A key has 31 bits: a first digit of 11 (exponent and three bits), then two of 10.
@@ -23,7 +23,7 @@ def rank_row(row, k, left_over, counts):
         left_over, counts: scratch; uint32 as long as the row, int32 [2048].
     """
     size = len(row)
-    bits = row.view(np.uint32)
+    bits = as_words(row)
     counts[:] = 0
     for i in range(size):
         counts[(bits[i] & MAGNITUDE) >> _FIRST] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, as_words, kernel
 
 _EXPONENT = U32(0x7F800000)
 _SEVEN = U32(7 << 23)  # bfloat16 has seven bits behind the point
@@ -30,7 +30,7 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
     step = np.empty(CHUNK, np.uint32)
     for begin in range(0, size, CHUNK):
         length = min(begin + CHUNK, size) - begin
-        stored = rows[0, begin : begin + length].view(np.uint32)
+        stored = as_words(rows[0, begin : begin + length])
         for i in range(length):
             exponent = stored[i] & _EXPONENT
             step[i] = exponent - _SEVEN if exponent > _SEVEN else U32(0)
@@ -38,7 +38,7 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
         twice[:] = 0
         for s in range(sources):
             fact, threshold = facts[s], thresholds[s]
-            bits = rows[s + 1, begin : begin + length].view(np.uint32)
+            bits = as_words(rows[s + 1, begin : begin + length])
             for i in range(length):
                 key = bits[i] & MAGNITUDE
                 flags = (bits[i] >> U32(31)) + U32(5)  # changed, and raised or lowered
@@ -91,7 +91,7 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
 def key_of_rank(values, rank):
     """The rank-th largest key (bits of |x|), by a histogram of upper bits, then one of lower."""
     counts = np.zeros(1 << 15, np.int64)
-    bits = values.view(np.uint32)
+    bits = as_words(values)
     for i in range(len(bits)):
         counts[(bits[i] & MAGNITUDE) >> U32(16)] += 1
     upper, above = len(counts) - 1, 0

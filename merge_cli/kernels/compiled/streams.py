@@ -14,7 +14,7 @@ import numpy as np
 
 from merge_cli.kernels.compiled.files import read_exactly, seconds_by, write_exactly
 from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
-from merge_cli.kernels.compiled.kernel import U32, kernel, part
+from merge_cli.kernels.compiled.kernel import U32, as_bytes, kernel, part
 from merge_cli.kernels.compiled.passes import (
     count_stored,
     dot_stored,
@@ -190,7 +190,7 @@ def merge_streams(
                 merged = np.empty(size, np.float32)
                 if based:  # what it is compared with is not rounded
                     part_stored = buffer, run_starts, kinds, size
-                    raw = merged.view(np.uint8)
+                    raw = as_bytes(merged)
                     merge_elements(addresses, part_stored, at, *formula, raw, FLOAT32)
                 call_measure(
                     addresses[2],

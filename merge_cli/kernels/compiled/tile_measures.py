@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32, part
+from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32, as_words, part
 from merge_cli.kernels.compiled.tiles import mixed_word
 
 _SUMS = {"reassoc", "nsz"}
@@ -23,11 +23,11 @@ def count_words_tile(size, k0, k1, limit, low):
 def count_trimmed_tile(row, threshold, ties):
     """How many elements of a tile `trim_tile` keeps."""
     kept = U32(0)
-    bits = row[:ties].view(np.uint32)
+    bits = as_words(row[:ties])
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
         kept = U32(kept + U32((key >= threshold) & (key <= INFINITY)))
-    bits = row[ties:].view(np.uint32)
+    bits = as_words(row[ties:])
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
         kept = U32(kept + U32((key > threshold) & (key <= INFINITY)))
@@ -37,7 +37,7 @@ def count_trimmed_tile(row, threshold, ties):
 @part()
 def count_range_tile(row, low, high, shift, offsets, inside, counts):
     """`magnitudes.count_range` of a tile; `offsets` and `inside` are rows of scratch."""
-    bits = row.view(np.uint32)
+    bits = as_words(row)
     span = U32(high - low)
     larger = U32(0)
     for i in range(len(bits)):
@@ -57,7 +57,7 @@ def count_range_tile(row, low, high, shift, offsets, inside, counts):
 @part()
 def count_keys_tile(row, candidates, above, equal):
     """`magnitudes.count_keys` of a tile."""
-    bits = row.view(np.uint32)
+    bits = as_words(row)
     for c in range(len(candidates)):
         key = candidates[c]
         larger, same = U32(0), U32(0)
@@ -83,7 +83,7 @@ def dot_lanes_tile(a, b, accumulators):
 @part()
 def count_equal_tile(row, threshold):
     """How many keys equal the threshold."""
-    bits = row.view(np.uint32)
+    bits = as_words(row)
     equal = U32(0)
     for i in range(len(bits)):
         equal = U32(equal + U32(U32(bits[i] & MAGNITUDE) == threshold))
@@ -93,10 +93,11 @@ def count_equal_tile(row, threshold):
 @part()
 def largest_key_tile(row):
     """The largest key (bits of |x|)."""
-    bits = row.view(np.uint32)
+    bits = as_words(row)
     largest = U32(0)
     for i in range(len(bits)):
-        largest = max(largest, U32(bits[i] & MAGNITUDE))
+        key = U32(bits[i] & MAGNITUDE)
+        largest = key if key > largest else largest
     return largest
 
 
@@ -106,8 +107,8 @@ def signs_tile(row, sign, least, most):
     for i in range(len(row)):
         value = np.int32(np.int32(row[i] > 0) - np.int32(row[i] < 0))
         sign[i] = value
-        least[i] = min(least[i], value)
-        most[i] = max(most[i], value)
+        least[i] = value if value < least[i] else least[i]
+        most[i] = value if value > most[i] else most[i]
 
 
 @part()

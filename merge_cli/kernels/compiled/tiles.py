@@ -16,6 +16,8 @@ from merge_cli.kernels.compiled.kernel import (
     INFINITY,
     MAGNITUDE,
     U32,
+    as_halves,
+    as_words,
     bits_of,
     float_of,
     part,
@@ -45,28 +47,30 @@ def decode_tile(stored, kind, row):
     a vector as of float32.
     """
     if kind == BF16:
-        halves = stored.view(np.uint16)
+        halves = as_halves(stored)
         largest = _U16(0)
         for i in range(len(halves)):
-            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            magnitude = _U16(halves[i] & _U16(0x7FFF))
+            largest = magnitude if magnitude > largest else largest
             row[i] = float_of(U32(U32(halves[i]) << U32(16)))
         return largest < _U16(0x7F80)
     if kind == F16:
         # Moved into float32's place and scaled by 2^112, which also makes subnormals right.
-        halves = stored.view(np.uint16)
+        halves = as_halves(stored)
         largest = _U16(0)
         for i in range(len(halves)):
             magnitude = _U16(halves[i] & _U16(0x7FFF))
-            largest = max(largest, magnitude)
+            largest = magnitude if magnitude > largest else largest
             scaled = bits_of(float_of(U32(U32(magnitude) << U32(13))) * F32(2.0**112))
             special = INFINITY if magnitude >= _U16(0x7C00) else U32(0)
             sign = U32(U32(halves[i] & _U16(0x8000)) << U32(16))
             row[i] = float_of(U32(scaled | special | sign))
         return largest < _U16(0x7C00)
-    wide, bits = stored.view(np.uint32), row.view(np.uint32)
+    wide, bits = as_words(stored), as_words(row)
     most = U32(0)
     for i in range(len(wide)):
-        most = max(most, U32(wide[i] & MAGNITUDE))
+        magnitude = U32(wide[i] & MAGNITUDE)
+        most = magnitude if magnitude > most else most
         bits[i] = wide[i]
     return most < INFINITY
 
@@ -75,10 +79,11 @@ def decode_tile(stored, kind, row):
 def load_tile(stored, kind, is_delta, base, row):
     """`decode_tile`, less the base if `is_delta`. Kernels have one call: each compiles it anew."""
     if kind == BF16 and is_delta:
-        halves = stored.view(np.uint16)
+        halves = as_halves(stored)
         largest = _U16(0)
         for i in range(len(halves)):
-            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            magnitude = _U16(halves[i] & _U16(0x7FFF))
+            largest = magnitude if magnitude > largest else largest
             row[i] = float_of(U32(U32(halves[i]) << U32(16))) - base[i]
         return largest < _U16(0x7F80)
     finite = decode_tile(stored, kind, row)
@@ -91,15 +96,17 @@ def load_tile(stored, kind, is_delta, base, row):
 @part()
 def add_bf16_tile(stored, weight, is_first, total):
     """total += weight * what is stored as bfloat16; whether all of it is finite."""
-    halves = stored.view(np.uint16)
+    halves = as_halves(stored)
     largest = _U16(0)
     if is_first:
         for i in range(len(halves)):
-            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            magnitude = _U16(halves[i] & _U16(0x7FFF))
+            largest = magnitude if magnitude > largest else largest
             total[i] = float_of(U32(U32(halves[i]) << U32(16))) * weight
     else:
         for i in range(len(halves)):
-            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            magnitude = _U16(halves[i] & _U16(0x7FFF))
+            largest = magnitude if magnitude > largest else largest
             total[i] = total[i] + float_of(U32(U32(halves[i]) << U32(16))) * weight
     return largest < _U16(0x7F80)
 
@@ -111,9 +118,9 @@ def encode_tile(values, kind, stored, shifted):
     NaN becomes 0x7FC0 (bfloat16) or 0x7E00 (float16). Small float16 are rounded by adding 0.5,
     whose last place is that of a float16 subnormal; `shifted` is a row of scratch for that.
     """
-    bits = values.view(np.uint32)
+    bits = as_words(values)
     if kind == BF16:
-        halves = stored.view(np.uint16)
+        halves = as_halves(stored)
         for i in range(len(bits)):
             wide = bits[i]
             rounded = U32(U32(wide + U32(0x7FFF)) + U32((wide >> U32(16)) & U32(1))) >> U32(16)
@@ -121,8 +128,8 @@ def encode_tile(values, kind, stored, shifted):
             halves[i] = _U16(U32(0x7FC0) if nan else rounded)
         return True
     if kind == F16:
-        halves = stored.view(np.uint16)
-        shifted_bits = shifted.view(np.uint32)
+        halves = as_halves(stored)
+        shifted_bits = as_words(shifted)
         largest = U32(0)
         for i in range(len(bits)):
             shifted[i] = abs(values[i]) + F32(0.5)
@@ -135,9 +142,9 @@ def encode_tile(values, kind, stored, shifted):
             half = U32(0x7C00) if wide >= U32(0x477FF000) else half
             half = U32(0x7E00) if wide > INFINITY else half
             halves[i] = _U16(half | ((bits[i] >> U32(16)) & U32(0x8000)))
-            largest = max(largest, wide)
+            largest = wide if wide > largest else largest
         return largest < U32(0x477FF000)
-    wide_out = stored.view(np.uint32)
+    wide_out = as_words(stored)
     for i in range(len(bits)):
         wide_out[i] = bits[i]
     return True
@@ -197,11 +204,11 @@ def drop_tile(row, k0, k1, limit, low, factor):
 @part()
 def trim_tile(row, threshold, ties, factor):
     """Keys above the threshold, or equal to it among the first `ties`; else 0. Times the factor."""
-    bits = row[:ties].view(np.uint32)
+    bits = as_words(row[:ties])
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
         bits[i] = bits[i] if (key >= threshold) & (key <= INFINITY) else U32(0)
-    bits = row[ties:].view(np.uint32)
+    bits = as_words(row[ties:])
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
         bits[i] = bits[i] if (key > threshold) & (key <= INFINITY) else U32(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.codes import spread_tile
-from merge_cli.kernels.compiled.kernel import F32, U32, float_of, kernel, part
+from merge_cli.kernels.compiled.kernel import F32, U32, as_bytes, float_of, kernel, part
 
 _LINES, _WORDS, _COLUMNS = 16, 128, 256  # 16 words are a line of the cache
 _U8 = np.uint8
@@ -58,7 +58,7 @@ def turned_words(stored, stride, height, bits, zeros, scales, group, begin, out)
             lines = min(_WORDS, height - line)
             turn_tile(stored, stride, line, first, lines, columns, turned)
             for i in range(columns):
-                raw = turned[i, :lines].view(np.uint8)
+                raw = as_bytes(turned[i, :lines])
                 here = raw if bits == 8 else codes[: lines * per_word]
                 if bits != 8:
                     spread_tile(raw, bits, here)
