@@ -25,12 +25,14 @@ MAX_TOKENS = 10_000_000
 
 
 def check_document(document: Mapping[str, Any]) -> None:
-    """Check a tokenizer.json.
+    """Check a tokenizer.json. The library `tokenizers` wants a model, too, and takes no null.
 
     Raises:
         Unreadable: a field of the wrong type, or a token number out of bounds.
     """
-    model = _field(document, "model", dict, "a mapping") or {}
+    model = document.get("model")
+    if not isinstance(model, dict):
+        raise Unreadable(f"model must be a mapping (got {kind_of(model)})")
     _field(model, "type", str, "text", "model.")
     listed = model.get("vocab")
     if isinstance(listed, list):  # unigram models list tokens with their scores
@@ -40,7 +42,10 @@ def check_document(document: Mapping[str, Any]) -> None:
             _check_scored(entry, f"model.vocab[{number}]")
     elif listed is not None:
         check_vocabulary(listed, "model.vocab")
-    for number, token in enumerate(_field(document, "added_tokens", list, "a list") or ()):
+    added = document.get("added_tokens", [])
+    if not isinstance(added, list):
+        raise Unreadable(f"added_tokens must be a list (got {kind_of(added)})")
+    for number, token in enumerate(added):
         where = f"added_tokens[{number}]"
         if not isinstance(token, dict):
             raise Unreadable(f"{where} must be a mapping (got {kind_of(token)})")

@@ -172,14 +172,17 @@ def _content(token: Any) -> str | None:
 
 
 def tokenizer_json(source: Source) -> dict[str, Any]:
-    """tokenizer.json, checked; empty where there is none.
+    """tokenizer.json, checked, with its list of added tokens; empty where there is no file.
 
     Raises:
         CorruptFileError: see `check_document`.
     """
-    document = json_file(source.root / "tokenizer.json", source)
+    path = source.root / "tokenizer.json"
+    if not path.exists():
+        return {}
+    document = json_file(path, source)
     _check(source, "tokenizer.json", lambda: check_document(document))
-    return document
+    return {**document, "added_tokens": document.get("added_tokens", [])}
 
 
 def settings_json(source: Source) -> dict[str, Any]:

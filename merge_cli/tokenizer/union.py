@@ -61,7 +61,7 @@ def join(
     if not requested:
         return VocabularyUnion(vocabulary, {}, ())
     document = tokenizer_document(base)
-    added = {token["content"]: token for token in document.get("added_tokens") or ()}
+    added = {token["content"]: token for token in document["added_tokens"]}
     from_others: dict[str, dict[str, Any]] = {}
     notes = []
     for source, tokens in others:
@@ -85,7 +85,7 @@ def join(
                 f" is split as {base.label} splits it"
             )
     number = max(vocabulary.values(), default=-1) + 1
-    listed = document.setdefault("added_tokens", [])
+    listed = document["added_tokens"]
     # The package `tokenizers` renumbers added tokens, except those that the model has, too.
     for token in sorted(listed, key=lambda token: token["id"]):
         _grow(document["model"], token["content"], token["id"], base.label)
@@ -98,7 +98,7 @@ def join(
         number += 1
     text = json.dumps(document, ensure_ascii=False, indent=2)
     files = {"tokenizer.json": text.encode()}
-    files |= _with_decoder(base, document["added_tokens"])
+    files |= _with_decoder(base, listed)
     return VocabularyUnion(vocabulary, files, tuple(notes))
 
 
@@ -124,7 +124,7 @@ def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
 def _added_tokens(source: Source) -> dict[str, dict[str, Any]]:
     if not (source.root / "tokenizer.json").is_file() and not opaque_files(source):
         return {}
-    listed = tokenizer_document(source).get("added_tokens") or ()
+    listed = tokenizer_document(source)["added_tokens"]
     return {token["content"]: dict(token) for token in listed}
 
 

@@ -144,7 +144,7 @@ def _official(folder: Path) -> dict[str, Any]:
 
     files = [folder / "model.safetensors"]
     if (folder / SHARDED).exists():
-        shards = json.loads((folder / SHARDED).read_text())["weight_map"].values()
+        shards = json.loads((folder / SHARDED).read_bytes())["weight_map"].values()
         files = [folder / name for name in sorted(set(shards))]
     found: dict[str, Any] = {}
     for file in files:

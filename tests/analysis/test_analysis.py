@@ -494,7 +494,9 @@ def test_tokenizers_and_chat_templates(family: Family) -> None:
     (family.folder / "b" / "tokenizer.json").write_text("{")
     with pytest.raises(SourceError, match="tokenizer.json"):
         of_family(family, "b")
-    (family.folder / "b" / "tokenizer.json").write_text('{"added_tokens": [{"id": 1}]}')
+    (family.folder / "b" / "tokenizer.json").write_text(
+        '{"model": {}, "added_tokens": [{"id": 1}]}'
+    )
     with pytest.raises(SourceError, match=r"added_tokens\[0\].content must be text"):
         of_family(family, "b")
 

@@ -133,6 +133,7 @@ def test_tokenizers_that_cannot_be_said_are_refused(tmp_path: Path) -> None:
     for changed in (
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "Whitespace"}},
+        {"added_tokens": [{"id": 0, "content": "x"}]},  # without what the package asks for
         {"model": {**document["model"], "vocab": {**document["model"]["vocab"], "far": 300}}},
     ):
         (folder / "tokenizer.json").write_text(json.dumps(document | changed))

@@ -17,12 +17,15 @@ from merge_cli.tokenizer.checks import check_document, check_settings, check_voc
 from tests.support.tiny import Family
 
 NOT_TEXT: tuple[Any, ...] = (None, True, 3, 1.5, [], {})
+MODEL = {"model": {"vocab": {"a": 0}}}
 SOUP = "merge_method: soup\nmodels: [./a, ./b]\n"
 
 
 @pytest.mark.parametrize(
     ("document", "what"),
     [
+        ({}, "model must be a mapping (got null)"),
+        ({"model": None}, "model must be a mapping (got null)"),
         ({"model": 3}, "model must be a mapping (got the number 3)"),
         ({"model": {"type": []}}, "model.type must be text (got a list)"),
         ({"model": {"vocab": "x"}}, "model.vocab must be a mapping (got the text 'x')"),
@@ -34,11 +37,18 @@ SOUP = "merge_method: soup\nmodels: [./a, ./b]\n"
         ({"model": {"vocab": [["a"]]}}, "model.vocab[0] must be a token and its score"),
         ({"model": {"vocab": [["a", 0.0], ["b", "x"]]}}, "model.vocab[1] must be a token and"),
         ({"model": {"vocab": [[1, 0.0]]}}, "model.vocab[0] must be a token and its score"),
-        ({"added_tokens": {}}, "added_tokens must be a list (got a mapping)"),
-        ({"added_tokens": [None]}, "added_tokens[0] must be a mapping (got null)"),
-        ({"added_tokens": [{"id": 1}]}, "added_tokens[0].content must be text (got null)"),
-        ({"added_tokens": [{"content": "a"}]}, "added_tokens[0].id must be a whole number"),
-        ({"added_tokens": [{"content": "a", "id": 10**9}]}, "added_tokens[0].id must be from 0"),
+        ({**MODEL, "added_tokens": None}, "added_tokens must be a list (got null)"),
+        ({**MODEL, "added_tokens": {}}, "added_tokens must be a list (got a mapping)"),
+        ({**MODEL, "added_tokens": [None]}, "added_tokens[0] must be a mapping (got null)"),
+        ({**MODEL, "added_tokens": [{"id": 1}]}, "added_tokens[0].content must be text (got null)"),
+        (
+            {**MODEL, "added_tokens": [{"content": "a"}]},
+            "added_tokens[0].id must be a whole number",
+        ),
+        (
+            {**MODEL, "added_tokens": [{"content": "a", "id": 10**9}]},
+            "added_tokens[0].id must be from 0",
+        ),
     ],
 )
 def test_tokenizer_json(document: dict[str, Any], what: str) -> None:
@@ -48,8 +58,7 @@ def test_tokenizer_json(document: dict[str, Any], what: str) -> None:
 
 
 def test_what_tokenizers_write_is_read() -> None:
-    check_document({})
-    check_document({"model": None, "added_tokens": None})
+    check_document(MODEL)
     check_document({"model": {"type": "Unigram", "vocab": [["a", -1.5], ["b", 0]]}})
     check_document({"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "b", "id": 1}]})
     check_vocabulary({}, "it")

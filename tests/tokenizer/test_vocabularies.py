@@ -93,6 +93,21 @@ def test_union_row_by_row(tmp_path: Path, tied: bool) -> None:
     assert made.decode(list(vocabulary.values()))
 
 
+def test_a_union_with_a_tokenizer_without_added_tokens(tmp_path: Path) -> None:
+    """The package tokenizers reads a file without the list, and refuses null."""
+    pair(tmp_path)
+    file = tmp_path / "base" / "tokenizer.json"
+    document = json.loads(file.read_text())
+    del document["added_tokens"]
+    file.write_text(json.dumps(document))
+    merge(tmp_path, {**SOUP, "tokenizer_source": "union"})
+    made = hf.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert set(document["model"]["vocab"]) < set(made)
+    file.write_text(json.dumps(document | {"added_tokens": None}))
+    with pytest.raises(SourceError, match=r"added_tokens must be a list \(got null\)"):
+        merge(tmp_path, {**SOUP, "tokenizer_source": "union"}, "other")
+
+
 def test_the_vocabulary_of_another_model(tmp_path: Path) -> None:
     a, b, one, two = pair(tmp_path)
     found = merge(tmp_path, {**SOUP, "tokenizer": {"source": "chat"}})

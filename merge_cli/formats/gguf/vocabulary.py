@@ -44,8 +44,12 @@ def vocabulary_keys(
     """
     from tokenizers import Tokenizer
 
-    model = document.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(document))
+    except Exception as error:  # it has no kind of its own
+        raise Unreadable(f"the package tokenizers refuses it ({error})") from None
+    model = document["model"]
+    if model.get("type") != "BPE":
         raise Unreadable("it is no BPE tokenizer")
     numbers = {**model["vocab"], **{t["content"]: t["id"] for t in document["added_tokens"]}}
     tokens = [f"[PAD{number}]" for number in range(whole_number(rows, "rows", most=_MAX_ROWS))]
@@ -71,7 +75,6 @@ def vocabulary_keys(
         about["merges"] = [" ".join(merge) for merge in merges]
     special = _special(settings, numbers)
     about |= {f"{_ROLES[role]}_token_id": number for role, number in special.items()}
-    tokenizer = Tokenizer.from_str(json.dumps(document))
     ids = tokenizer.encode("a").ids
     about["add_bos_token"] = bool(ids) and ids[0] == special.get("bos")
     about["add_eos_token"] = bool(ids) and ids[-1] == special.get("eos")
