@@ -15,7 +15,7 @@ from merge_cli.engine.output import OutputWorkspace, clear_companions, open_jour
 from merge_cli.errors import Interrupted, SourceError
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.auxiliary import write_auxiliary_files
-from merge_cli.planning.heads import compare_copies
+from merge_cli.planning.equal_tensors import compare
 from merge_cli.planning.plan import Plan
 from merge_cli.sources.source import fetch_weights
 from merge_cli.system.raw_io import write_error
@@ -67,7 +67,7 @@ def execute(
                 work.discard()
             work.refuse_other_work(key)
             work.check_space(plan.bytes_written)
-            differing = compare_copies(plan.copies)
+            differing = compare(plan.compared)
             for note in differing:
                 on_progress(Progress("copies", 0, 0, note))
             plan = replace(plan, notes=(*plan.notes, *differing))

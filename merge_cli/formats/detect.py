@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.errors import SourceError
 from merge_cli.formats.awq import AWQ
 from merge_cli.formats.bitsandbytes import BITSANDBYTES
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
@@ -39,6 +40,10 @@ FORMATS: tuple[StorageFormat, ...] = (
     MLX,
 )
 
+# Integers that codes are stored in, and how the names of scales end that stand beside them.
+_CODES = ("U8", "I8", "U16", "I16", "U32", "I32")
+_SCALES = ("scale", "scales", "scale_inv", "absmax", "scb")
+
 # What to do about those that cannot.
 ADVICE = {
     "gguf": "Merge the model that the GGUF file was made of, and convert the result.",
@@ -61,7 +66,30 @@ def read_as_numbers(
             read = {ref.name for tensor in decoded.tensors.values() for ref in tensor.stored}
             left_out = tuple(ref for name, ref in tensors.items() if name not in read)
             return replace(decoded, quantization=config, left_out=left_out)
+    if not quantization_of(config):  # one that is named and not read is refused with its name
+        _reject_codes(tensors, label)
     return DecodedModel(tensors, dict(config))
+
+
+def _reject_codes(tensors: Mapping[str, TensorRef], label: str) -> None:
+    """Refuse integers beside scales: as numbers they would pass for a model."""
+    codes = [name for name, ref in tensors.items() if ref.dtype in _CODES and len(ref.shape) > 1]
+    if not codes:
+        return
+    scales = {_module(name): name for name in tensors if any(map(name.lower().endswith, _SCALES))}
+    for name in codes:
+        scale = scales.get(name) or (_module(name) and scales.get(_module(name)))
+        if scale:
+            message = f"holds the codes of a quantised weight ({scale} stands beside it)"
+            hint = (
+                "config.json does not say how to read them: it lacks `quantization_config`. Some "
+                "tools write it into quantize_config.json or quant_config.json: copy it from there."
+            )
+            raise SourceError(message, model=label, tensor=name, hint=hint)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def encoding_for(word: str, dtype: str, config: Mapping[str, Any]) -> Encoding:

@@ -18,7 +18,8 @@ from operator import methodcaller
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.tensors import has_names
 from merge_cli.planning.absent import AbsentTensors
-from merge_cli.planning.heads import HEADS, Copies
+from merge_cli.planning.equal_tensors import Copies
+from merge_cli.planning.heads import HEADS
 from merge_cli.planning.skeleton import class_rules
 from merge_cli.sources.source import Source
 

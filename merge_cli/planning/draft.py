@@ -13,7 +13,7 @@ from typing import Any
 from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.tensors import TensorMap
 from merge_cli.methods.registry import Method
-from merge_cli.planning.heads import Copies
+from merge_cli.planning.equal_tensors import Copies, Integers
 from merge_cli.planning.matches import TensorMatches
 from merge_cli.planning.output_slices import OutputSlice
 from merge_cli.planning.plan import TensorTask
@@ -43,7 +43,7 @@ class Draft:
         origins: where each of their layers comes from.
         config: the output's config.json.
         template: the output's chat template; None keeps that of the tokenizer files.
-        copies: stored tensors that are taken to be equal, to be compared before they are merged.
+        compared: stored tensors that are taken to be equal, to be compared before the merge.
         notes: what a reader of the plan should know, in the order of the passes.
     """
 
@@ -62,7 +62,7 @@ class Draft:
     origins: Origins | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None
-    copies: tuple[Copies, ...] = ()
+    compared: tuple[Copies | Integers, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -6,9 +6,9 @@ own, and its config says so. Where every config ties, a stored head is redundant
 transformers 4 replaces it when it loads the model, and 5 stores a head only where it is not tied
 (see `Source.ties`).
 
-Whether two tensors that are taken for copies are equal is not in the headers: `compare_copies`
-reads them, before the merge begins. A classifier is not merged with a language model: one has
-`score` where the other has `lm_head`, and leaving one out would make another model of both.
+Whether a stored head is a copy is not in the headers: see equal_tensors.py. A classifier is not
+merged with a language model: one has `score` where the other has `lm_head`, and leaving one out
+would make another model of both.
 """
 
 from __future__ import annotations
@@ -17,17 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 
-from merge_cli.checkpoint.tensors import (
-    EMBEDDINGS,
-    Read,
-    Tensor,
-    TensorMap,
-    has_names,
-    read_numbers,
-    reading,
-)
-from merge_cli.errors import Problem, SourceError
+from merge_cli.checkpoint.tensors import EMBEDDINGS, TensorMap, has_names
+from merge_cli.errors import Problem
 from merge_cli.lora.heads import first_task_head
+from merge_cli.planning.equal_tensors import Copies
 from merge_cli.sources.source import Source
 
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -110,65 +103,6 @@ def _embedding(source: Source, head: str) -> str | None:
     # Encoders of multimodal models have embeddings, too; the head's neighbours come first.
     root = head.rpartition("lm_head")[0]
     return min(candidates, key=lambda name: (not name.startswith(root), len(name)), default=None)
-
-
-_AT_ONCE = 1 << 20  # elements
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Two stored tensors of a source that are taken to be one.
-
-    Attributes:
-        dropped: whether the second is left out, so that it must be a copy.
-        tied: whether the config's word is enough: then it is left out in any case, which is told.
-    """
-
-    first: Tensor
-    second: Tensor
-    dropped: bool
-    tied: bool = False
-
-
-def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
-    """A line for each pair that is none.
-
-    Raises:
-        SourceError: a tensor that would be left out as a copy and is none.
-        CorruptFileError: a file that cannot be read.
-    """
-    notes = []
-    with reading() as read:
-        for pair in copies:
-            element = _first_difference(pair, read)
-            if element is None:
-                continue
-            first, second = pair.first, pair.second
-            message = f"differs from {first.name} (first at element {element}): it is no copy of it"
-            if pair.dropped and not pair.tied:
-                hint = "Merge with a base that stores both; or remove it, if it is not meant."
-                raise SourceError(message, model=second.model, tensor=second.name, hint=hint)
-            done = "and is merged by itself"
-            if pair.tied:
-                done = (
-                    "and is left out all the same, since the config ties them; if it is meant, say "
-                    "`tie_word_embeddings: false` in the model's config.json"
-                )
-            notes.append(f"{second.model}: {second.name} {message}, {done}")
-    return tuple(notes)
-
-
-def _first_difference(pair: Copies, read: Read) -> int | None:
-    import numpy as np
-
-    if pair.first.shape != pair.second.shape:
-        return 0
-    for start in range(0, pair.first.size, _AT_ONCE):
-        count = min(_AT_ONCE, pair.first.size - start)
-        first, second = (read_numbers(read, t, start, count) for t in (pair.first, pair.second))
-        if not np.array_equal(first, second, equal_nan=True):
-            return start + int(np.flatnonzero(~((first == second) | np.isnan(first)))[0])
-    return None
 
 
 def head_problems(sources: Sequence[Source]) -> list[Problem]:

@@ -15,6 +15,7 @@ from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.tensors import Tensor, TensorMap, has_names, in_order
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors
+from merge_cli.planning.equal_tensors import integers_of
 from merge_cli.planning.layers import (
     LayerKeys,
     LayerPosition,
@@ -214,6 +215,7 @@ def _match_tensor(
                 into.problems.append(Problem(message, name, hint="Convert the model to bfloat16."))
                 return
         why = f"{present[0].dtype} is not merged: copied"
+        into.integers += integers_of(present)
     if why:
         reference = (
             output_slice.reference.source

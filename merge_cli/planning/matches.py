@@ -10,6 +10,7 @@ from typing import NamedTuple
 from merge_cli.checkpoint.tensors import Tensor, TensorMap
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import in_short
+from merge_cli.planning.equal_tensors import Integers
 from merge_cli.planning.layers import (
     LayerIndex,
     LayerKeys,
@@ -44,11 +45,13 @@ class TensorMatches:
     """What matching found.
 
     Attributes:
+        integers: tensors that are copied, to be compared with those of the other sources.
         uneven: tensors that not every source has, by what happens to them and why.
     """
 
     matches: list[TensorMatch] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    integers: list[Integers] = field(default_factory=list)
     uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     layer_keys: LayerKeys = field(default_factory=LayerKeys)
 

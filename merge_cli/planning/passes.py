@@ -74,7 +74,7 @@ def unify_copies(draft: Draft) -> Draft:
     """Tied weights that files store several times: every source has those of the reference."""
     aliases = join_aliases(draft.sources, draft.reference)
     draft = draft.with_sources(aliases.sources, aliases.notes)
-    return replace(draft, copy_of=aliases.of, copies=(*draft.copies, *aliases.stored))
+    return replace(draft, copy_of=aliases.of, compared=(*draft.compared, *aliases.stored))
 
 
 def unify_heads(draft: Draft) -> Draft:
@@ -87,8 +87,8 @@ def unify_heads(draft: Draft) -> Draft:
     if problems:
         raise MismatchError(problems, "the models have different heads")
     heads = reconcile_heads(draft.sources)
-    copies = (*draft.copies, *heads.stored)
-    return draft.noting(heads.notes, tensors=heads.views, tied=heads.tied, copies=copies)
+    compared = (*draft.compared, *heads.stored)
+    return draft.noting(heads.notes, tensors=heads.views, tied=heads.tied, compared=compared)
 
 
 def align_vocabularies(draft: Draft) -> Draft:
@@ -122,7 +122,7 @@ def match_tensors(draft: Draft) -> Draft:
         placed = (_placed(problem, draft.recipe) for problem in matches.problems)
         ordered = sorted(placed, key=lambda problem: natural_key(problem.key))
         raise MismatchError(ordered, summary)
-    return replace(draft, matches=matches)
+    return replace(draft, matches=matches, compared=(*draft.compared, *matches.integers))
 
 
 def compare_settings(draft: Draft) -> Draft:

@@ -25,7 +25,7 @@ from merge_cli.formats.encoding import Encoding, Verbatim
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.methods.registry import Method
-from merge_cli.planning.heads import Copies
+from merge_cli.planning.equal_tensors import Copies, Integers
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.matches import TensorMatch
 from merge_cli.recipe.schema import Recipe
@@ -144,7 +144,7 @@ class Plan:
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
         stages: how the models are made that other documents of the recipe make, by name.
         variants: of a sweep, by name: what is written, while this plan's tasks say what is read.
-        copies: stored tensors that are taken to be one, to be compared before they are merged.
+        compared: stored tensors that are taken to be equal, to be compared before the merge.
     """
 
     recipe: Recipe
@@ -163,7 +163,7 @@ class Plan:
     stages: Mapping[str, Plan] = field(default_factory=dict)
     template: str | None = None
     calibrated: CalibrationStatistics | None = None
-    copies: tuple[Copies, ...] = ()
+    compared: tuple[Copies | Integers, ...] = ()
     variants: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
@@ -217,7 +217,9 @@ class Plan:
 
     @cached_property
     def _files_read(self) -> frozenset[Path]:
-        return frozenset(ref.path for ref in self.stored_inputs)
+        compared = (tensor for pair in self.compared for tensor in (pair.first, pair.second))
+        files = {ref.path for tensor in compared for ref in tensor.stored}
+        return frozenset(files.union(ref.path for ref in self.stored_inputs))
 
     @property
     def parameter_count(self) -> int:

@@ -191,6 +191,6 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         coefficients=draft.coefficients,
         shard_size=shard_size,
         stages=stages,
-        copies=draft.copies,
+        compared=draft.compared,
     )
     return encodings_described(plan)

@@ -55,7 +55,7 @@ def plan_sweep(recipe: Recipe, *, shard_size: int) -> Plan:
         tasks=tasks,
         shards=tuple(chain(*(_inside(name, plan.shards) for name, plan in plans.items()))),
         notes=tuple(_shared(notes, len(plans))),
-        copies=tuple(dict.fromkeys(chain(*(plan.copies for plan in plans.values())))),
+        compared=tuple(dict.fromkeys(chain(*(plan.compared for plan in plans.values())))),
         variants=plans,
     )
 

@@ -103,6 +103,9 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     elif name in EXPERTS:
         folder, seconds = merge(name, expert_recipe(name), work)
     else:
+        for expert in EXPERTS:
+            if not (work / "models" / expert).exists():
+                merge(expert, expert_recipe(expert), work)
         folder, seconds = merge(name, recipe_of(METHODS[name], work), work)
     result = merge_cli.evaluate(folder, FAMILY / "eval.yaml")
     found = {

@@ -122,7 +122,7 @@ def test_a_source_lends_the_copy_that_it_has() -> None:
     joined = unify_copies(draft(LINEAR, source("a", both), source("b", one)))
     assert joined.copy_of == {"encoder.embed_tokens.weight": "shared.weight"}
     assert joined.sources[1].tensors.keys() == both.keys()
-    assert [(pair.first.name, pair.second.name) for pair in joined.copies] == [tuple(both)]
+    assert [(pair.first.name, pair.second.name) for pair in joined.compared] == [tuple(both)]
 
 
 def test_heads_that_every_config_ties_are_left_out() -> None:

@@ -1,0 +1,139 @@
+"""Tensors that a plan takes to be equal. Whether they are is not in the headers.
+
+`compare` reads them before the merge begins. A model may store tied weights several times: one of
+the copies is merged, or each by itself. Integers have no mean: one model's are copied, and another
+model's must be the same. Masks and positions are. The codes of quantised weights are not, and
+without the word of a config nobody could tell that they are codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.checkpoint.dtypes import MERGEABLE, width_of
+from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, reading
+from merge_cli.errors import SourceError
+
+_AT_ONCE = 1 << 20  # elements
+# Counters and flags may differ: they say nothing of the weights, and no weight is stored in them.
+_MAY_DIFFER = ("I64", "U64", "BOOL")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Two stored tensors of a source that are taken to be one.
+
+    Attributes:
+        dropped: whether the second is left out, so that it must be a copy.
+        tied: whether the config's word is enough: then it is left out in any case, which is told.
+    """
+
+    first: Tensor
+    second: Tensor
+    dropped: bool
+    tied: bool = False
+
+    def differing(self, element: int) -> str:
+        """What is told of a second tensor that is no copy.
+
+        Raises:
+            SourceError: it would be left out.
+        """
+        first, second = self.first, self.second
+        message = f"differs from {first.name} (first at element {element}): it is no copy of it"
+        if self.dropped and not self.tied:
+            hint = "Merge with a base that stores both; or remove it, if it is not meant."
+            raise SourceError(message, model=second.model, tensor=second.name, hint=hint)
+        done = "and is merged by itself"
+        if self.tied:
+            done = (
+                "and is left out all the same, since the config ties them; if it is meant, say "
+                "`tie_word_embeddings: false` in the model's config.json"
+            )
+        return f"{second.model}: {second.name} {message}, {done}"
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A tensor of integers in two models, the first of which is copied."""
+
+    first: Tensor
+    second: Tensor
+
+    def differing(self, element: int) -> str:
+        """Never returns.
+
+        Raises:
+            SourceError: always, since what was copied would be wrong for the second model.
+        """
+        first, second = self.first, self.second
+        message = f"holds other integers than {first.model} (first at element {element})"
+        if first.dtype != second.dtype:
+            message = f"is stored as {second.dtype}, and as {first.dtype} in {first.model}"
+        hint = (
+            "Integers are not merged. If they are the codes of quantised weights, config.json must "
+            "say how to read them (`quantization_config`)."
+        )
+        raise SourceError(message, model=second.model, tensor=second.name, hint=hint)
+
+
+def integers_of(tensors: Sequence[Tensor]) -> list[Integers]:
+    """What to compare where one tensor of each model stands under a name, and the first is copied.
+
+    Args:
+        tensors: of one shape.
+    """
+    first, *others = tensors
+    if first.size < 2:
+        return []  # a counter
+    return [
+        Integers(first, other)
+        for other in others
+        if not {first.dtype, other.dtype} <= {*MERGEABLE, *_MAY_DIFFER}
+    ]
+
+
+def compare(pairs: Sequence[Copies | Integers]) -> tuple[str, ...]:
+    """A line for each pair that differs, and may.
+
+    Raises:
+        SourceError: a pair that may not.
+        CorruptFileError: a file that cannot be read.
+    """
+    with reading() as read:
+        found = [(pair, _first_difference(pair.first, pair.second, read)) for pair in pairs]
+        return tuple(pair.differing(at) for pair, at in found if at is not None)
+
+
+def _first_difference(first: Tensor, second: Tensor, read: Read) -> int | None:
+    """The first element at which two tensors differ."""
+    import numpy as np
+
+    if first.shape != second.shape:
+        return 0
+    are_numbers = {first.dtype, second.dtype} <= {*MERGEABLE}
+    if not are_numbers and first.dtype != second.dtype:
+        return 0
+    for start in range(0, first.size, _AT_ONCE):
+        count = min(_AT_ONCE, first.size - start)
+        if are_numbers:
+            a, b = (read_numbers(read, tensor, start, count) for tensor in (first, second))
+            same = (a == b) | (np.isnan(a) & np.isnan(b))
+        else:
+            a, b = (_raw(read, tensor, start, count) for tensor in (first, second))
+            same = (a == b).all(axis=1)
+        if not same.all():
+            return start + int(np.flatnonzero(~same)[0])
+    return None
+
+
+def _raw(read: Read, tensor: Tensor, start: int, count: int) -> Any:
+    """Elements [start, start + count) as bytes: numpy uint8 [count, width]."""
+    import numpy as np
+
+    width = width_of(tensor.dtype)
+    raw = np.empty(count * width, np.uint8)
+    tensor.fill(read, start, raw.data)
+    return raw.reshape(count, width)
