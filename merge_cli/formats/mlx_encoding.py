@@ -98,10 +98,11 @@ class MlxAffineEncoding(_MlxEncoding):
         import numpy as np
 
         low, high = groups.min(axis=1), groups.max(axis=1)
+        steps = np.float32(2**self.bits - 1)
         with np.errstate(invalid="ignore", over="ignore"):
-            scale = np.maximum(
-                (high - low) / np.float32(2**self.bits - 1), np.float32(_LEAST_SCALE)
-            )
+            span = high - low
+            step = np.where(np.isfinite(span), span / steps, high / steps - low / steps)
+            scale = np.maximum(step, np.float32(_LEAST_SCALE))
             reaches_down = np.abs(low) > np.abs(high)
             scale = np.where(reaches_down, scale, -scale)
             edge = np.where(reaches_down, low, high)

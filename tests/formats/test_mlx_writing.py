@@ -68,6 +68,19 @@ def test_affine_is_mlxs_formula(bits: int, group: int, dtype: str) -> None:
         np.testing.assert_array_equal(codes[g], np.rint(np.clip(exact, 0, 2**bits - 1)))
 
 
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+def test_a_group_may_reach_as_far_as_float32(bits: int, group: int) -> None:
+    """Where mlx's formula overflows: the steps are of the size that they would be."""
+    values = weights(bits, columns=group)
+    values[:, 0], values[:, -1] = -3e38, 3e38
+    words, scales, biases = encoded(MlxAffineEncoding(bits, group, "F32"), values)
+    codes = unpack(words.reshape(len(values), -1), bits).reshape(-1, group).astype(np.float64)
+    scale, bias = (raw.view(np.float32).astype(np.float64)[:, None] for raw in (scales, biases))
+    step = 6e38 / (2**bits - 1)
+    np.testing.assert_allclose(np.abs(scale), step, rtol=0.5)
+    assert np.abs(codes * scale + bias - values).max() <= 1.01 * np.abs(scale).max()
+
+
 @pytest.mark.parametrize(("bits", "group"), [k for k in KINDS if k[1] in (32, 64, 128)])
 def test_affine_is_what_mlx_writes(bits: int, group: int) -> None:
     mx = pytest.importorskip("mlx.core")
