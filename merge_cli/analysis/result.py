@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from merge_cli.analysis.differences import KeyDifference, TokenizerDifference
-from merge_cli.analysis.measure import Spectrum
 from merge_cli.analysis.measures import Measures
+from merge_cli.analysis.spectra import Spectrum
 from merge_cli.recipe.schema import Recipe
 
 SCHEMA = 1

@@ -1,71 +1,108 @@
-"""The k-th largest key of a row: three histograms of its digits, each over what is left."""
+"""The k-th largest key of a row: a sample says about where it lies, and few keys are looked at."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel, part
-from merge_cli.kernels.compiled.tiles import load_tile, tile_of
+from merge_cli.kernels.compiled.tile_measures import count_above_tile, count_equal_tile
+from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 
-# A key has 31 bits: a first digit of 11 (exponent and three bits), then two of 10.
-_FIRST, _DIGIT = U32(20), U32(10)
-_FIRST_BINS, _BINS = 2**11, 2**10
+# A key has 31 bits, of which 11 are looked at together. The last two digits share two bits.
+_BINS = 2**11
+_DIGIT = U32(_BINS - 1)
+_SAMPLE, _LEAST_STEP = 1024, 16  # elements, about, and one of how many at least
+_LARGEST = U32(0xFFFFFFFF)
+
+
+@part()
+def select_key(keys, count, rank, counts):
+    """The rank-th largest of the first `count` keys, digit after digit; the keys are moved.
+
+    Args:
+        counts: scratch, int32 [2048].
+
+    Returns:
+        (key, how many keys that equal it are among the `rank` largest, how many there are).
+    """
+    for shift in (U32(20), U32(9), U32(0)):
+        counts[:] = 0
+        for i in range(count):
+            counts[(keys[i] >> shift) & _DIGIT] += 1
+        digit = _BINS - 1
+        while counts[digit] < rank:
+            rank -= counts[digit]
+            digit -= 1
+        same = 0
+        for i in range(count):  # without a branch, which would be guessed wrong
+            key = keys[i]
+            keys[same] = key
+            same += np.intp(((key >> shift) & _DIGIT) == U32(digit))
+        count = same
+    return keys[0], rank, count
 
 
 @part()
 def rank_row(row, k, left_over, counts):
     """The k-th largest key of a row, and the index up to which elements with it are kept.
 
-    Keys that share the first digit of the one that is looked for are moved together without a
-    branch, and only these are counted by their next digits: for weights a tenth of a row.
+    A sample brackets the key. What lies in the bracket is moved together, for weights a tenth of a
+    row, and only that is searched; all of the row where the bracket has missed the key.
 
     Args:
         left_over, counts: scratch; uint32 as long as the row, int32 [2048].
     """
     size = len(row)
     bits = row.view(np.uint32)
-    counts[:] = 0
-    for i in range(size):
-        counts[(bits[i] & MAGNITUDE) >> _FIRST] += 1
-    digit, rank = _FIRST_BINS - 1, k
-    while counts[digit] < rank:
-        rank -= counts[digit]
-        digit -= 1
-    prefix, count = U32(digit), 0
+    low, high, step = U32(0), _LARGEST, size // _SAMPLE
+    if step >= _LEAST_STEP:
+        taken = (size + step - 1) // step
+        for i in range(taken):
+            key = bits[i * step] & MAGNITUDE
+            left_over[i] = key
+            left_over[taken + i] = key
+        expected = k * taken / size
+        margin = 3.0 + 3.0 * np.sqrt(expected * (1.0 - expected / taken))
+        first, last = np.int64(expected - margin), np.int64(expected + margin)
+        if last <= taken:
+            low = select_key(left_over[taken:], taken, last, counts)[0]
+        if first >= 1:
+            high = select_key(left_over, taken, first, counts)[0]
+    above, count, span = 0, 0, U32(high - low)
+    for begin in range(0, size, TILE):
+        above += count_above_tile(row[begin : begin + TILE], high)
     for i in range(size):
         key = bits[i] & MAGNITUDE
         left_over[count] = key
-        count += np.intp((key >> _FIRST) == prefix)
-    for shift in (_DIGIT, U32(0)):
-        counts[:_BINS] = 0
-        for i in range(count):
-            counts[(left_over[i] >> shift) & U32(_BINS - 1)] += 1
-        digit = _BINS - 1
-        while counts[digit] < rank:
-            rank -= counts[digit]
-            digit -= 1
-        prefix = (prefix << _DIGIT) | U32(digit)
-        same = 0
-        for i in range(count):
-            key = left_over[i]
-            left_over[same] = key
-            same += np.intp((key >> shift) == prefix)
-        count = same
-    # Of `count` elements with this key `rank` are kept, the first ones.
-    if rank == count:
-        return prefix, size - 1
-    last = -1
-    while rank > 0:
+        count += np.intp(U32(key - low) <= span)
+    if not above < k <= above + count:
+        above, count, span = 0, size, _LARGEST
+        for i in range(size):
+            left_over[i] = bits[i] & MAGNITUDE
+    key, kept = low, k - above
+    if span:
+        key, kept, count = select_key(left_over, count, kept, counts)
+    # Of `count` elements with this key `kept` are kept, the first ones.
+    if kept == count:
+        return key, size - 1
+    begin = 0
+    equal = count_equal_tile(row[:TILE], key)
+    while equal < kept:
+        kept -= equal
+        begin += TILE
+        equal = count_equal_tile(row[begin : begin + TILE], key)
+    last = begin - 1
+    while kept > 0:
         last += 1
-        rank -= np.intp((bits[last] & MAGNITUDE) == prefix)
-    return prefix, last
+        kept -= np.intp((bits[last] & MAGNITUDE) == key)
+    return key, last
 
 
 @kernel("void(f4[:, ::1], i8[::1], i8[::1], i8[::1])")
 def kth_largest(rows, ks, keys, last_kept):
     """`rank_row` of each row."""
     left_over = np.empty(rows.shape[1], np.uint32)
-    counts = np.empty(_FIRST_BINS, np.int32)
+    counts = np.empty(_BINS, np.int32)
     for s in range(len(rows)):
         keys[s], last_kept[s] = rank_row(rows[s], ks[s], left_over, counts)
 
@@ -80,7 +117,7 @@ def rank_stored(stored, starts, kinds, size, based, ks, rules, ties):
         rules, ties: as `merge_disjoint` takes them, filled.
     """
     base, row = np.empty(size, np.float32), np.empty(size, np.float32)
-    left_over, counts = np.empty(size, np.uint32), np.empty(_FIRST_BINS, np.int32)
+    left_over, counts = np.empty(size, np.uint32), np.empty(_BINS, np.int32)
     first = 1 if based else 0
     for i in range(len(starts)):
         s = i - first
