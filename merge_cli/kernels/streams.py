@@ -96,11 +96,13 @@ class MergeStreams:
         self._ks = np.array([_ranks(form, sources) for form in forms], np.int64)
         self.sums = StoredSums.empty(sources, len(jobs))
         elects = [form.election is not None for form in forms]
+        ranks = any(isinstance(form.drop, Ranks) for form in forms)
         kernels = [
             (compiled.merge_linear, not all(elects)),
             (compiled.merge_disjoint, any(elects)),
             (compiled.measure_stored, any(job.run for job in jobs)),
-            (compiled.rank_stored, any(isinstance(form.drop, Ranks) for form in forms)),
+            (compiled.rank_stored, ranks),
+            (compiled.kth_largest, ranks),
         ]
         self._addresses = np.array([k.address if used else 0 for k, used in kernels], np.int64)
 

@@ -104,8 +104,8 @@ def merge_streams(
     """Merge every job, from `first_job` on, in blocks of so many elements.
 
     Args:
-        addresses: of `merge_linear`, `merge_disjoint`, `measure_stored` and `rank_stored`; 0 for
-            what is not used.
+        addresses: of `merge_linear`, `merge_disjoint`, `measure_stored`, `rank_stored` and
+            `kth_largest`; 0 for what is not used.
         ties: of each job and source how many elements of the tensor, from its first on, may be
             kept where they equal a cut's threshold.
         ks: how many elements of a source are kept, where its cut is not known yet: for jobs of one
@@ -138,7 +138,8 @@ def merge_streams(
             stored = buffer, starts, kinds, end - begin
             if drops == BY_CUT:
                 if addresses[3]:
-                    call_rank(addresses[3], (*stored, based, ks[j], rules[j], ties[j]))
+                    cuts = ks[j], rules[j], ties[j]
+                    call_rank(addresses[3], (addresses[4], *stored, based, *cuts))
                 move_ties(ties[j], begin, here)
             out = buffer[room : room + (end - begin) * width_of(kind)]
             if merge_elements(addresses, stored, begin, *formula, out, kind):

@@ -91,16 +91,6 @@ def count_equal_tile(row, threshold):
 
 
 @part()
-def count_above_tile(row, threshold):
-    """How many keys are larger than the threshold."""
-    bits = row.view(np.uint32)
-    above = U32(0)
-    for i in range(len(bits)):
-        above = U32(above + U32(U32(bits[i] & MAGNITUDE) > threshold))
-    return np.int64(above)
-
-
-@part()
 def largest_key_tile(row):
     """The largest key (bits of |x|)."""
     bits = row.view(np.uint32)
