@@ -285,6 +285,17 @@ def test_small_tensors_together_are_as_each_alone(
     assert together == [numbers(of_family(family))] * 2
 
 
+def test_tensors_are_described_in_their_place(family: Family) -> None:
+    """`each` is made when it is asked for, and JSON has it where its readers know it."""
+    found = of_family(family)
+    assert "each" not in vars(found)
+    told = found.to_json()
+    assert [row["name"] for row in told["each"]] == [one.name for one in found.each]
+    assert sorted(row["name"] for row in told["each"]) == sorted(family.base)
+    names = list(told)
+    assert names[names.index("cells") : names.index("spectra")] == ["cells", "each"]
+
+
 def test_torch_finds_what_compiled_loops_find(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
