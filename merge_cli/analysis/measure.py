@@ -119,7 +119,7 @@ class _TensorSums:
         on_measured: Callable[[int], None],
     ) -> None:
         self._tasks, self._reader, self._on_measured = tasks, reader, on_measured
-        self.sums: list[Relations] = [Relations.empty(len(t.operands) - 1) for t in tasks]
+        self.sums: list[Relations] = [Relations.empty(0)] * len(tasks)  # until it is measured
 
     def measure(self, numbers: Sequence[int]) -> None:
         """Measure these tensors, the small ones in one call of a loop."""
