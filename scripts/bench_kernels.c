@@ -253,52 +253,54 @@ i64 not_empty(ARRAY(int32_t, counts), ARRAY(int32_t, indexes), ARRAY(i64, filled
     return size;
 }
 
-i64 key_of_rank(ARRAY(float, x), i64 rank) {
-    i64 *counts = calloc(1 << 16, sizeof(i64)), above = 0;
-    for (i64 i = 0; i < x_n; i++) counts[key(x[i]) >> 16]++;
-    i64 upper = (1 << 15) - 1;
-    while (above + counts[upper] < rank) above += counts[upper--];
-    memset(counts, 0, (1 << 16) * sizeof(i64));
-    for (i64 i = 0; i < x_n; i++)
-        if (key(x[i]) >> 16 == upper) counts[key(x[i]) & 0xFFFF]++;
-    i64 lower = (1 << 16) - 1;
-    while (above + counts[lower] < rank) above += counts[lower--];
-    free(counts);
-    return upper << 16 | lower;
+typedef struct { u32 key; i64 rank, count; } Selected;
+
+static Selected select_key(u32 *keys, i64 count, i64 rank, int32_t *counts) {
+    for (int digits = 2, shift = 20; digits >= 0; digits--, shift = digits ? 9 : 0) {
+        memset(counts, 0, sizeof(int32_t) << 11);
+        for (i64 i = 0; i < count; i++) counts[keys[i] >> shift & 2047]++;
+        i64 digit = 2047, same = 0;
+        while (counts[digit] < rank) rank -= counts[digit--];
+        for (i64 i = 0; i < count; i++) {
+            u32 k = keys[i];
+            keys[same] = k;
+            same += (k >> shift & 2047) == digit;
+        }
+        count = same;
+    }
+    return (Selected){keys[0], rank, count};
 }
 
 i64 kth_largest(MATRIX(float, rows), ARRAY(i64, ks), ARRAY(i64, found), ARRAY(i64, last)) {
-    i64 n = rows_m;
+    i64 n = rows_m, step = n / 1024;
     u32 *left = malloc(n * sizeof(u32));
     for (i64 s = 0; s < rows_n; s++) {
         const float *x = rows + s * n;
-        int32_t counts[1 << 11] = {0};
-        for (i64 i = 0; i < n; i++) counts[key(x[i]) >> 20]++;
-        i64 digit = (1 << 11) - 1, rank = ks[s], count = 0, i = 0;
-        while (counts[digit] < rank) rank -= counts[digit--];
-        u32 prefix = digit;
+        int32_t counts[1 << 11];
+        u32 low = 0, high = 0xFFFFFFFFu;
+        i64 k = ks[s], above = 0, count = 0, i;
+        if (step >= 16) {
+            i64 taken = (n + step - 1) / step;
+            for (i = 0; i < taken; i++) left[i] = left[taken + i] = key(x[i * step]);
+            double expected = (double)(k * taken) / n;
+            double margin = 3 + 3 * sqrt(expected * (1 - expected / taken));
+            i64 first_rank = expected - margin, last_rank = expected + margin;
+            if (last_rank <= taken) low = select_key(left + taken, taken, last_rank, counts).key;
+            if (first_rank >= 1) high = select_key(left, taken, first_rank, counts).key;
+        }
+        for (i = 0; i < n; i++) above += key(x[i]) > high;
         for (i = 0; i < n; i++) {
             left[count] = key(x[i]);
-            count += key(x[i]) >> 20 == prefix;
+            count += left[count] - low <= high - low;
         }
-        for (int shift = 10; shift >= 0; shift -= 10) {
-            memset(counts, 0, sizeof counts);
-            for (i = 0; i < count; i++) counts[left[i] >> shift & 1023]++;
-            digit = 1023;
-            while (counts[digit] < rank) rank -= counts[digit--];
-            prefix = prefix << 10 | (u32)digit;
-            i64 same = 0;
-            for (i = 0; i < count; i++) {
-                u32 k = left[i];
-                left[same] = k;
-                same += k >> shift == prefix;
-            }
-            count = same;
-        }
-        found[s] = prefix;
+        if (k <= above || k > above + count)
+            for (i = above = 0, count = n, high = 0xFFFFFFFFu; i < n; i++) left[i] = key(x[i]);
+        Selected it = {low, k - above, count};
+        if (high != low) it = select_key(left, count, k - above, counts);
+        found[s] = it.key;
         last[s] = n - 1;
-        for (i = 0; rank < count && i < n; i++)
-            if (key(x[i]) == prefix && --rank == 0) {
+        for (i = 0; it.rank < it.count && i < n; i++)
+            if (key(x[i]) == it.key && --it.rank == 0) {
                 last[s] = i;
                 break;
             }

@@ -130,7 +130,6 @@ def cases(size: int) -> list[Case]:
         ready("count_kept", row, half, 0, moved=4),
         ready("find_tie", row, U32(2**31 - 1), 1, moved=4),
         ready("not_empty", sparse, np.empty(size, np.int32), np.empty(size, np.int64), moved=4),
-        ready("key_of_rank", row, size // 2, moved=8),
         ready("kth_largest", deltas, np.full(3, size // 2), np.empty(3, np.int64),
               np.empty(3, np.int64), moved=24),
         ready("drop", deltas, masks[:, :3].copy(), U32(0), np.full(3, 2, F32), out3, moved=24),

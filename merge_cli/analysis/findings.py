@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from merge_cli.analysis.differences import RouterDifference, TokenizerDifference
-from merge_cli.analysis.measure import Spectrum
 from merge_cli.analysis.measures import Measures, pairs
 from merge_cli.analysis.result import Finding
+from merge_cli.analysis.spectra import Spectrum
 
 UNRELATED_COSINE = 0.7
 FAR = 0.3

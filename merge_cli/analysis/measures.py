@@ -7,10 +7,9 @@ all tensors. Numbers are rounded to six digits; beyond those machines differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
 
 from merge_cli.analysis.model_set import KINDS, kind_of
 from merge_cli.kernels.measures import Relations
@@ -74,8 +73,9 @@ def measures_of(
     Args:
         base: whether the first row is a base; otherwise it is the first source.
     """
-    weights = _weights_gram(sums)
-    distance, equal = _distances(sums, weights, base), _equal(sums, base)
+    gram, weights = sums.gram.tolist(), _weights_gram(sums)
+    full = _norms(weights)
+    distance, equal = _distances(gram, full, base), _equal(sums, base)
     if not base:
         return Measures(
             name,
@@ -83,12 +83,12 @@ def measures_of(
             kind,
             sums.count,
             None,
-            tuple(rounded(n) for n in _norms(weights)),
+            tuple(map(rounded, full)),
             None,
             None,
             None,
             None,
-            _cosines(weights),
+            _cosines(weights, full),
             distance,
             equal,
             None,
@@ -97,102 +97,99 @@ def measures_of(
             None,
             None,
         )
-    deltas = sums.gram[1:, 1:]
-    theta = math.sqrt(sums.gram[0, 0])
+    deltas = [row[1:] for row in gram[1:]]
+    theta = math.sqrt(gram[0][0])
     size = range(len(deltas))
     several = len(deltas) > 1
     norms = _norms(deltas)
-    changed = [int(sums.both[s, s]) for s in size]
-    smaller = [[min(sums.large[s, s], sums.large[t, t]) for t in size] for s in size]
-    full = _norms(weights)
+    both, large = sums.both.tolist(), sums.large.tolist()
+    changed = [both[s][s] for s in size]
+    smaller = [[min(large[s][s], large[t][t]) for t in size] for s in size]
+    shared, conflict = sums.contest.tolist()
     return Measures(
         name=name,
         layer=layer,
         kind=kind,
         count=sums.count,
         base_norm=rounded(theta),
-        norm=tuple(rounded(norm) for norm in norms),
+        norm=tuple(map(rounded, norms)),
         relative_norm=tuple(_ratio(norm, theta) for norm in norms),
-        base_cosine=tuple(_bounded(_ratio(weights[0, s + 1], full[0] * full[s + 1])) for s in size),
+        base_cosine=tuple(_bounded(_ratio(weights[0][s + 1], full[0] * full[s + 1])) for s in size),
         unchanged=tuple(_share(sums.count - n, sums.count) for n in changed),
-        one_step=tuple(_ratio(int(sums.steps[s]), changed[s]) for s in size),
-        cosine=_cosines(deltas) if several else None,
+        one_step=tuple(map(_ratio, sums.steps.tolist(), changed)),
+        cosine=_cosines(deltas, norms) if several else None,
         distance=distance,
         equal=equal,
-        sign_agreement=_divided(sums.agree, sums.both) if several else None,
-        shared=_ratio(int(sums.contest[0]), sums.count) if several else None,
-        conflict=_ratio(int(sums.contest[1]), sums.count) if several else None,
-        overlap=_divided(sums.large, smaller) if several else None,
-        overlap_chance=_divided(sums.chance, smaller) if several else None,
+        sign_agreement=_divided(sums.agree.tolist(), both) if several else None,
+        shared=_ratio(shared, sums.count) if several else None,
+        conflict=_ratio(conflict, sums.count) if several else None,
+        overlap=_divided(large, smaller) if several else None,
+        overlap_chance=_divided(sums.chance.tolist(), smaller) if several else None,
     )
 
 
-def _weights_gram(sums: Relations) -> Any:
+def _weights_gram(sums: Relations) -> list[list[float]]:
     """Dot products between all models' weights: θᵢ = θ₀ + δᵢ, with δ = 0 for the first."""
-    import numpy as np
-
     gram = sums.gram.copy()
     cross = sums.gram[0].copy()
     cross[0] = 0.0
     gram[0, :] = gram[:, 0] = 0.0
-    return sums.gram[0, 0] + cross[:, None] + cross[None] + np.asarray(gram)
+    dots: list[list[float]] = (sums.gram[0, 0] + cross[:, None] + cross[None] + gram).tolist()
+    return dots
 
 
-def _distances(sums: Relations, weights: Any, base: bool) -> Matrix:
-    gram = sums.gram.copy()
-    gram[0, :] = gram[:, 0] = 0.0
-    norms = _norms(weights)
-    models = range(int(base), len(gram))
-    return tuple(
-        tuple(
-            0.0
-            if i == j
-            else _ratio(
-                math.sqrt(max(0.0, gram[i, i] + gram[j, j] - 2 * gram[i, j])),
-                math.sqrt(norms[i] * norms[j]),
-            )
-            for j in models
-        )
-        for i in models
-    )
+def _distances(gram: Sequence[Sequence[float]], norms: Sequence[float], base: bool) -> Matrix:
+    """‖θᵢ − θⱼ‖ = ‖δᵢ − δⱼ‖, with δ = 0 for the first, over the geometric mean of the norms."""
+
+    def distance(i: int, j: int) -> float | None:
+        i, j = i + base, j + base
+        if i == j:
+            return 0.0
+        dot = gram[i][j] if i else 0.0  # i < j
+        square = (gram[i][i] if i else 0.0) + gram[j][j] - 2 * dot
+        return _ratio(math.sqrt(max(0.0, square)), math.sqrt(norms[i] * norms[j]))
+
+    return _symmetric(len(gram) - base, distance)
 
 
 def _equal(sums: Relations, base: bool) -> Matrix:
     """Shares of equal elements; without a base, the first model has δ = 0."""
-    import numpy as np
-
-    counts = sums.equal
+    counts = sums.equal.tolist()
     if not base:
-        same = sums.count - np.diagonal(sums.both)
-        counts = np.block([[np.array([[sums.count]]), same[None]], [same[:, None], sums.equal]])
-    return tuple(tuple(_share(int(n), sums.count) for n in row) for row in counts)
+        same = [sums.count - row[s] for s, row in enumerate(sums.both.tolist())]
+        counts = [[sums.count, *same], *([n, *row] for n, row in zip(same, counts, strict=True))]
+    return _symmetric(len(counts), lambda i, j: _share(counts[i][j], sums.count))
 
 
-def _norms(gram: Any) -> list[float]:
-    return [math.sqrt(max(0.0, float(gram[i, i]))) for i in range(len(gram))]
+def _norms(gram: Sequence[Sequence[float]]) -> list[float]:
+    return [math.sqrt(max(0.0, row[i])) for i, row in enumerate(gram)]
 
 
-def _cosines(gram: Any) -> Matrix:
-    norms, size = _norms(gram), range(len(gram))
-    return tuple(
-        tuple(
-            (1.0 if norms[i] else None)
-            if i == j
-            else _bounded(_ratio(gram[i, j], norms[i] * norms[j]))
-            for j in size
-        )
-        for i in size
-    )
+def _cosines(gram: Sequence[Sequence[float]], norms: Sequence[float]) -> Matrix:
+    def cosine(i: int, j: int) -> float | None:
+        if i == j:
+            return 1.0 if norms[i] else None
+        return _bounded(_ratio(gram[i][j], norms[i] * norms[j]))
+
+    return _symmetric(len(gram), cosine)
 
 
-def _divided(part: Any, total: Any) -> Matrix:
-    return tuple(
-        tuple(_ratio(float(a), float(b)) for a, b in zip(*rows, strict=True))
-        for rows in zip(part, total, strict=True)
-    )
+def _divided(part: Sequence[Sequence[float]], total: Sequence[Sequence[float]]) -> Matrix:
+    return _symmetric(len(part), lambda i, j: _ratio(part[i][j], total[i][j]))
+
+
+def _symmetric(size: int, value: Callable[[int, int], float | None]) -> Matrix:
+    """The matrix of value(i, j), which is asked for i <= j alone."""
+    rows: list[list[float | None]] = [[None] * size for _ in range(size)]
+    for i in range(size):
+        for j in range(i, size):
+            rows[i][j] = rows[j][i] = value(i, j)
+    return tuple(map(tuple, rows))
 
 
 def _ratio(part: float, total: float) -> float | None:
+    if part == total:  # often: a source with itself
+        return 1.0 if total else None
     return rounded(part / total) if total else None
 
 

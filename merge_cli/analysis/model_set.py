@@ -223,10 +223,16 @@ _RULES = tuple(
     )
 )
 
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
-@lru_cache(maxsize=65_536)
+
 def kind_of(name: str) -> str:
     """One of `KINDS`."""
+    return _kind_of(_NUMBER.sub(".0", name))  # layers and experts share their modules
+
+
+@lru_cache(maxsize=65_536)
+def _kind_of(name: str) -> str:
     module = re.sub(r"\.(?:weight|bias)$|(?<=norm)_(?:weight|bias)$", "", name)
     in_layer = re.search(r"(?:^|\.)\d+\.", name) is not None
     for kind, pattern in _RULES:

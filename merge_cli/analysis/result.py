@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 from merge_cli.analysis.differences import KeyDifference, TokenizerDifference
-from merge_cli.analysis.measure import Spectrum
-from merge_cli.analysis.measures import Measures
+from merge_cli.analysis.measures import GroupSums, Measures
+from merge_cli.analysis.spectra import Spectrum
 from merge_cli.recipe.schema import Recipe
 
 SCHEMA = 1
@@ -85,7 +86,8 @@ class Analysis:
         problems: why a merge of these models would be refused; empty where it would run.
         total: over all compared tensors; None if there are none.
         inner: over the layers, without embeddings and head; None without layers.
-        layers, kinds, cells, each: by layer, kind of module, both, and tensor.
+        layers, kinds, cells: by layer, kind of module, and both.
+        groups: what `each` is made from.
         spectra: sampled matrices' ranks; empty without a base.
         sparsity_where_changed: for each source, the share of unchanged elements of those tensors
             that it changed at all; None without a base.
@@ -104,7 +106,7 @@ class Analysis:
     layers: tuple[Measures, ...]
     kinds: tuple[Measures, ...]
     cells: tuple[Measures, ...]
-    each: tuple[Measures, ...]
+    groups: GroupSums
     spectra: tuple[Spectrum, ...]
     sparsity_where_changed: tuple[float | None, ...] | None
     config: tuple[KeyDifference, ...]
@@ -118,11 +120,17 @@ class Analysis:
     bytes_read: int
     peak_memory: int
 
+    @cached_property
+    def each(self) -> tuple[Measures, ...]:
+        """By tensor; made when it is first asked for, because there may be tens of thousands."""
+        return self.groups.each()
+
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON-ready data (docs/analyze.md)."""
         from importlib.metadata import version
 
-        content = {name: _plain(value) for name, value in vars(self).items()}
+        names = ["each" if field.name == "groups" else field.name for field in fields(self)]
+        content = {name: _plain(getattr(self, name)) for name in names}
         advice = content["advice"]
         advice.pop("recipe")
         return {"schema": SCHEMA, "merge_cli": version("merge-cli"), **content}

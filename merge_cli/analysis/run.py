@@ -26,6 +26,7 @@ from merge_cli.kernels.measures import Relations
 from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.schema import Recipe
+from merge_cli.system.garbage import uncollected
 from merge_cli.tokenizer.files import read_tokenizer
 
 
@@ -79,6 +80,7 @@ def analyze(
     return replace(analysis, peak_memory=peak_rss())
 
 
+@uncollected()
 def _analysis(model_set: ModelSet, measurements: Measurements, device: str) -> Analysis:
     plan, has_base = model_set.plan, model_set.base is not None
     groups = GroupSums(plan.tasks, measurements.sums, base=has_base)
@@ -119,7 +121,7 @@ def _analysis(model_set: ModelSet, measurements: Measurements, device: str) -> A
         layers=groups.layers(),
         kinds=kinds,
         cells=groups.cells(),
-        each=groups.each(),
+        groups=groups,
         spectra=measurements.spectra,
         sparsity_where_changed=sparsity,
         config=config_differences(plan.sources),

@@ -34,7 +34,7 @@ class StageClock:
         self.compute -= self.read + self.write + self.waited - other
 
     def add(self, spent: Any) -> None:
-        """What a loop has spent that reads and writes itself: see `MergeStreams.run`."""
+        """What a loop has spent that reads and writes itself: see `kernels.streams.Streams.run`."""
         read, write, bytes_read, bytes_written = spent.tolist()
         self.read += read
         self.write += write

@@ -128,7 +128,7 @@ def run_loop(
                 _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
             tally.report("resumed" if tally.resumed else "")
-            pool.start(work, _batches(plan, order, room.workers), finished)
+            pool.start(work, task_batches(plan, order, room.workers), finished)
             while (message := finished.get()) is not None:
                 if isinstance(message, BaseException):
                     raise message
@@ -190,7 +190,7 @@ class Tally:
         self._on_progress(Progress("merge", self._done, self._total, note))
 
 
-def _batches(plan: Plan, order: Sequence[int], threads: int) -> list[list[int]]:
+def task_batches(plan: Plan, order: Sequence[int], threads: int) -> list[list[int]]:
     """Tasks in this order, in runs that a thread takes at once: one each where they are large."""
     sizes = [plan.tasks[task].bytes_read for task in order]
     limit = min(_BATCH_BYTES, sum(sizes) // (threads * _TURNS))

@@ -23,7 +23,7 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.files import Files, StageClock
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.kernels.fused import FORMATS, StoredBlock, stored_starts
-from merge_cli.kernels.streams import MergeStreams, Stored, StoredSpan
+from merge_cli.kernels.streams import Stored, StoredSpan, Streams
 
 _WIDEST = 8  # bytes of an element in the widest format
 _ALIGNMENT = 64 * 1024  # more than what aligning every input takes
@@ -174,8 +174,8 @@ class HostWorker:
         except OSError:
             return None  # likewise
 
-    def run_streams(self, streams: MergeStreams, first: int) -> int:
-        """`MergeStreams.run` in this worker's buffer, on its clock."""
+    def run_streams(self, streams: Streams, first: int) -> int:
+        """`Streams.run` in this worker's buffer, on its clock."""
         import numpy as np
 
         spent, self._holds = np.zeros(4), None

@@ -12,14 +12,16 @@ Nothing that is written into a model depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.kernels.backend import Array, host_primitive, matrix, primitive
 from merge_cli.kernels.keys import number
+from merge_cli.kernels.kth_largest import kth_largest
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 
+_ARRAYS = ("gram", "both", "agree", "equal", "large", "chance", "steps", "contest")
 _SMALLEST = 2.0**-149  # the least float32 above 0: nothing that is 0 is among the largest
 
 
@@ -49,35 +51,47 @@ class Relations:
     contest: Any
 
     @classmethod
-    def empty(cls, sources: int) -> Relations:
+    def empty(cls, sources: int, *tensors: int) -> Relations:
+        """Zeros; with a number of tensors, for each of so many."""
         import numpy as np
 
-        both, agree, equal, large = np.zeros((4, sources, sources), np.int64)
+        both, agree, equal, large = np.zeros((4, *tensors, sources, sources), np.int64)
         return cls(
             count=0,
-            gram=np.zeros((sources + 1, sources + 1)),
+            gram=np.zeros((*tensors, sources + 1, sources + 1)),
             both=both,
             agree=agree,
             equal=equal,
             large=large,
-            chance=np.zeros((sources, sources)),
-            steps=np.zeros(sources, np.int64),
-            contest=np.zeros(2, np.int64),
+            chance=np.zeros((*tensors, sources, sources)),
+            steps=np.zeros((*tensors, sources), np.int64),
+            contest=np.zeros((*tensors, 2), np.int64),
         )
 
     def add(self, other: Relations) -> None:
         """Sum in place."""
         self.count += other.count
-        for name in ("gram", "both", "agree", "equal", "large", "chance", "steps", "contest"):
+        for name in _ARRAYS:
             total = getattr(self, name)
             total += getattr(other, name)
 
-    def set_chance(self) -> None:
-        """What `large` of this one tensor would be by chance: |A| |B| / n."""
-        import numpy as np
+    def each(self, counts: Sequence[int]) -> Iterator[Relations]:
+        """Those of each tensor among several, which have so many elements, with `chance`."""
+        self.chance = _chance(self.large, counts)
+        return map(Relations, counts, *(getattr(self, name) for name in _ARRAYS))
 
-        sizes = np.diagonal(self.large).astype(float)
-        self.chance = np.outer(sizes, sizes) / max(self.count, 1)
+    def set_chance(self) -> None:
+        """What `large` of this one tensor would be by chance."""
+        self.chance = _chance(self.large, self.count)
+
+
+def _chance(large: Any, counts: int | Sequence[int]) -> Any:
+    """|A| |B| / n, for each pair of sources of each tensor."""
+    import numpy as np
+
+    sizes = np.diagonal(large, axis1=-2, axis2=-1).astype(float)
+    products = sizes[..., :, None] * sizes[..., None, :]
+    return products / np.maximum(counts, 1)[..., None, None]
 
 
 def add_relations(rows: Sequence[Array], thresholds: Sequence[float], into: Relations) -> None:
@@ -151,6 +165,11 @@ def _whole(counts: Any) -> Any:
     return counts.round().long().cpu().numpy()
 
 
+def top_count(size: int, share: float) -> int:
+    """How many of so many elements are the largest `share`: at least one."""
+    return max(1, round(share * size))
+
+
 @host_primitive
 def top_threshold(values: Any, share: float) -> float:
     """The least of the largest `share` of magnitudes, at least one of them.
@@ -160,20 +179,17 @@ def top_threshold(values: Any, share: float) -> float:
     """
     import numpy as np
 
-    keep = max(1, round(share * len(values)))
-    return float(np.sort(np.abs(values))[-keep])
+    return float(np.sort(np.abs(values))[-top_count(len(values), share)])
 
 
 @top_threshold.compiled
 def _top_threshold_compiled(values: Any, share: float) -> float:
     import numpy as np
 
-    from merge_cli.kernels import compiled
-
     if values.dtype != np.float32:
         return top_threshold.reference(values, share)
-    keep = max(1, round(share * len(values)))
-    return number(int(compiled.key_of_rank(values, keep)), 31)
+    ((key, _),) = kth_largest([values], [top_count(len(values), share)])
+    return number(key, 31)
 
 
 @primitive()

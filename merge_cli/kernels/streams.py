@@ -11,14 +11,32 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
 from merge_cli.kernels.fused import DIVISORS, FusedForm, Masks, Ranks, StoredBlock, StoredSums
 from merge_cli.kernels.mask import WORDS
+from merge_cli.kernels.measures import Relations, top_count
 
 # An open file, the byte at which a tensor begins, and the format of its elements (`FORMATS`).
 Stored = tuple[int, int, int]
+
+
+class Streams(Protocol):
+    """Tensors that one call goes through."""
+
+    def run(self, first: int, buffer: Any, block: int, spent: Any) -> int:
+        """Go through them, from number `first` on.
+
+        Args:
+            buffer: room for a block of every input and of a result, numpy uint8.
+            block: elements.
+            spent: float64 [4]; seconds of reading and writing, and bytes read and written, are
+                added.
+
+        Returns:
+            the number of the one that stopped, or how many there are.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,26 +96,18 @@ class MergeStreams:
         self._ks = np.array([_ranks(form, sources) for form in forms], np.int64)
         self.sums = StoredSums.empty(sources, len(jobs))
         elects = [form.election is not None for form in forms]
+        ranks = any(isinstance(form.drop, Ranks) for form in forms)
         kernels = [
             (compiled.merge_linear, not all(elects)),
             (compiled.merge_disjoint, any(elects)),
             (compiled.measure_stored, any(job.run for job in jobs)),
-            (compiled.rank_stored, any(isinstance(form.drop, Ranks) for form in forms)),
+            (compiled.rank_stored, ranks),
+            (compiled.kth_largest, ranks),
         ]
         self._addresses = np.array([k.address if used else 0 for k, used in kernels], np.int64)
 
     def run(self, first: int, buffer: Any, block: int, spent: Any) -> int:
-        """Merge the jobs from number `first` on, each from where it has stopped.
-
-        Args:
-            buffer: room for a block of every input and of the result, numpy uint8.
-            block: elements.
-            spent: float64 [4]; seconds of reading and writing, and bytes read and written, are
-                added.
-
-        Returns:
-            the number of the job that stopped, or how many there are.
-        """
+        """`Streams.run`: merge the jobs, each from where it has stopped."""
         from merge_cli.kernels import compiled
 
         sums = self.sums
@@ -166,6 +176,56 @@ def _ranks(form: FusedForm, sources: int) -> list[int]:
     return [count or 0 for count in form.drop.counts]
 
 
+class RelationStreams:
+    """Whole tensors, of at most a block each, whose sources are related: see `kernels.measures`.
+
+    Args:
+        inputs: of each tensor, as many each; the first one is what the others are compared with.
+        sizes: elements of each tensor.
+        share: of a source's elements, those that count as its largest changes.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Sequence[Stored]], sizes: Sequence[int], share: float
+    ) -> None:
+        import numpy as np
+
+        self._inputs, self._sizes = np.array(inputs, np.int64), list(sizes)
+        self._ranks = np.array([top_count(size, share) for size in sizes], np.int64)
+        self._sums = Relations.empty(len(inputs[0]) - 1, len(sizes))
+
+    def run(self, first: int, buffer: Any, block: int, spent: Any) -> int:
+        """`Streams.run`; nothing is added for a tensor that stops."""
+        import numpy as np
+
+        from merge_cli.kernels import compiled
+
+        sums = self._sums
+        kernels = compiled.kth_largest, compiled.gram, compiled.count_relations
+        number: int = compiled.relate_streams(
+            np.array([kernel.address for kernel in kernels], np.int64),
+            buffer,
+            self._inputs,
+            np.array(self._sizes, np.int64),
+            self._ranks,
+            sums.gram,
+            sums.both,
+            sums.agree,
+            sums.equal,
+            sums.large,
+            sums.steps,
+            sums.contest,
+            first,
+            time.CLOCK_MONOTONIC,
+            spent,
+        )
+        return number
+
+    def sums(self) -> Iterator[Relations]:
+        """Of each tensor."""
+        return self._sums.each(self._sizes)
+
+
 @dataclass(frozen=True)
 class StoredSpan:
     """Elements [start, stop) of every input, for loops that look at each block once.
@@ -174,7 +234,7 @@ class StoredSpan:
         inputs: where they lie; None where some of them are computed from what is stored.
         buffer: room for a block of every input, numpy uint8.
         load: reads elements [begin, end) otherwise.
-        on_spent: gets what a loop has spent, see `MergeStreams.run`; and whether it has left all
+        on_spent: gets what a loop has spent, see `Streams.run`; and whether it has left all
             elements in the buffer, as `MergeStreams` lays them out there.
     """
 

@@ -8,9 +8,7 @@ read; `engine/` executes what comes out.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from merge_cli.recipe.load import parse_documents, parse_text, read_recipe
 from merge_cli.recipe.mapping import mapping_node
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source, require_safetensors
+from merge_cli.system.garbage import uncollected
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
 
@@ -76,23 +75,7 @@ def load_recipe(
     return replace(final, stages=stages, sweep=sweep, warnings=tuple(dict.fromkeys(lines)))
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles.
-
-    A plan is a million objects and no garbage; looking at all of them again and again takes a third
-    of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_uncollected()
+@uncollected()
 def make_plan(
     recipe: Recipe,
     *,

@@ -20,10 +20,11 @@ import merge_cli
 from merge_cli.analysis import measure
 from merge_cli.analysis.advice import recipe_text
 from merge_cli.analysis.differences import config_differences
-from merge_cli.analysis.measure import TOP_SHARE, effective_rank, sample_positions
+from merge_cli.analysis.measure import TOP_SHARE
 from merge_cli.analysis.model_set import KINDS, kind_of
 from merge_cli.analysis.page import render_analysis
 from merge_cli.analysis.result import Analysis
+from merge_cli.analysis.spectra import effective_rank, sample_positions
 from merge_cli.engine import memory
 from merge_cli.engine import pool as workers
 from merge_cli.engine.device_worker import StagedWorker
@@ -268,9 +269,31 @@ def test_threads_blocks_and_shards_change_nothing(
     monkeypatch.setattr(units, "UNIT_BYTES", 2 * BLOCK_MULTIPLE * 6)
     paths = tmp_path / "a", tmp_path / "b"
     first = numbers(analyze(*paths, base=tmp_path / "base", threads=1))
-    for threads, blocks in ((3, 1), (2, 2), (4, 3)):
+    for threads, blocks in ((3, 1), (2, 2), (4, 3), (2, 5)):  # at last a matrix is one block
         monkeypatch.setattr(memory, "_HOST_BLOCK", blocks * BLOCK_MULTIPLE)
         assert numbers(analyze(*paths, base=tmp_path / "base", threads=threads)) == first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_small_tensors_together_are_as_each_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    family = llama_family(tmp_path, dtype=dtype, layers=6)
+    write_model(family.folder / "b", family.models[1], llama_config(layers=6), shards=3)
+    together = [numbers(of_family(family, threads=threads)) for threads in (1, 2)]
+    monkeypatch.setattr(measure, "_small_inputs", lambda reader, worker: None)
+    assert together == [numbers(of_family(family))] * 2
+
+
+def test_tensors_are_described_in_their_place(family: Family) -> None:
+    """`each` is made when it is asked for, and JSON has it where its readers know it."""
+    found = of_family(family)
+    assert "each" not in vars(found)
+    told = found.to_json()
+    assert [row["name"] for row in told["each"]] == [one.name for one in found.each]
+    assert sorted(row["name"] for row in told["each"]) == sorted(family.base)
+    names = list(told)
+    assert names[names.index("cells") : names.index("spectra")] == ["cells", "each"]
 
 
 def test_torch_finds_what_compiled_loops_find(

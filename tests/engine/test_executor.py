@@ -239,14 +239,14 @@ def test_small_tensors_are_taken_many_at_a_time(family: Family) -> None:
     order = sorted(range(len(plan.tasks)), key=lambda task: -plan.tasks[task].bytes_read)
     sizes = [plan.tasks[task].bytes_read for task in order]
     for threads in (1, 3, 1000):
-        batches = loop._batches(plan, order, threads)
+        batches = loop.task_batches(plan, order, threads)
         assert [task for batch in batches for task in batch] == order  # each once, in order
         limit = sum(sizes) // (threads * loop._TURNS)
         for batch in batches:
             taken = [plan.tasks[task].bytes_read for task in batch]
             assert len(taken) == 1 or sum(taken) <= limit
-    assert len(loop._batches(plan, order, 1)) < len(order)
-    assert len(loop._batches(plan, order, 1000)) == len(order)
+    assert len(loop.task_batches(plan, order, 1)) < len(order)
+    assert len(loop.task_batches(plan, order, 1000)) == len(order)
 
 
 def test_every_element_once() -> None:

@@ -21,7 +21,8 @@ from merge_cli.kernels.cut import MagnitudeThreshold
 from merge_cli.kernels.fused import FORMATS, Election, FusedForm, Masks, Ranks, StoredBlock
 from merge_cli.kernels.keys import keys
 from merge_cli.kernels.kth_largest import kth_largest
-from merge_cli.kernels.streams import MergeJob, MergeStreams, Stored, StoredSpan
+from merge_cli.kernels.measures import Relations, add_relations, top_threshold
+from merge_cli.kernels.streams import MergeJob, MergeStreams, RelationStreams, Stored, StoredSpan
 from tests.support.stored import DTYPES, block_of, decoded, stored_rows
 
 BLOCK = 2048
@@ -281,3 +282,69 @@ def test_passes_over_spans(files: Files, start: int, streamed: bool) -> None:
         for row, delta in zip(sample, deltas, strict=True):
             runs = [keys(delta[begin : begin + 500].copy()) for begin in range(0, 9000, 2000)]
             np.testing.assert_array_equal(row, np.concatenate(runs))
+
+
+def related(rows: list[np.ndarray], dtypes: list[str], share: float) -> Relations:
+    """The sums of a tensor, one operation after another."""
+    first, *others = decoded(rows, dtypes)
+    deltas, sums = [values - first for values in others], Relations.empty(len(others))
+    thresholds = [top_threshold(delta, share) for delta in deltas]
+    add_relations([first, *deltas], thresholds, sums)
+    sums.set_chance()
+    return sums
+
+
+def same_sums(a: Relations, b: Relations) -> None:
+    for name, value in vars(a).items():
+        np.testing.assert_array_equal(value, getattr(b, name), name)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), seed=st.integers(0, 2**32), sources=st.integers(1, 4))
+def test_tensors_are_related_as_blocks_are(
+    files: Files, data: Any, seed: int, sources: int
+) -> None:
+    """To the last bit: several tensors in one call, of any format."""
+    rng, share = np.random.default_rng(seed), data.draw(st.sampled_from([0.01, 0.3, 1.0]))
+    sizes = data.draw(st.lists(st.sampled_from(SIZES[:-1]), min_size=1, max_size=4))
+    inputs, expected = [], []
+    for size in sizes:
+        dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in range(sources + 1)]
+        rows = stored_rows(rng, dtypes, size)
+        inputs.append(files.put(rows, dtypes))
+        expected.append(related(rows, dtypes, share))
+    streams, spent = RelationStreams(inputs, sizes, share), np.zeros(4)
+    assert streams.run(0, files.buffer, 4096, spent) == len(sizes)
+    for ours, plain in zip(streams.sums(), expected, strict=True):
+        same_sums(ours, plain)
+    assert spent[2] == sum(
+        size * (4 if kind == FORMATS["F32"] else 2)
+        for size, tensor in zip(sizes, inputs, strict=True)
+        for _, _, kind in tensor
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_tensor_that_cannot_be_related_is_left_over(
+    files: Files, dtype: str, missing: bool
+) -> None:
+    rng, dtypes = np.random.default_rng(0), [dtype] * 3
+    tensors = [stored_rows(rng, dtypes, 1500) for _ in range(3)]
+    inputs = [files.put(rows, dtypes) for rows in tensors]
+    if missing:
+        inputs[1][2] = (files.reading, os.fstat(files.reading).st_size - 1, FORMATS[dtype])
+    else:
+        raw = np.empty(width_of(dtype), np.uint8)
+        encode_into(np.array([math.nan], np.float32), dtype, raw)
+        os.pwrite(files.reading, raw.tobytes(), inputs[1][2][1] + 1499 * width_of(dtype))
+    streams = RelationStreams(inputs, [1500] * 3, 0.01)
+    assert streams.run(0, files.buffer, BLOCK, np.zeros(4)) == 1
+    assert streams.run(2, files.buffer, BLOCK, np.zeros(4)) == 3
+    first, left_over, last = streams.sums()
+    assert not left_over.both.any()
+    assert not left_over.gram.any()
+    same_sums(first, related(tensors[0], dtypes, 0.01))
+    same_sums(last, related(tensors[2], dtypes, 0.01))

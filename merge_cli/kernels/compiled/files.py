@@ -9,6 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CFunction, part
+from merge_cli.kernels.compiled.tiles import FLOAT32
+
+# The columns of `inputs`: an open file, the byte at which a tensor begins, how it is encoded.
+FILE, OFFSET, KIND = 0, 1, 2
+_ALIGNED = 64  # bytes: of a vector, and of a float32
 
 _pread = CFunction("pread", "i8(i4, u8, u8, i8)")
 _pwrite = CFunction("pwrite", "i8(i4, u8, u8, i8)")
@@ -51,3 +56,34 @@ def seconds_by(clock, time):
     """
     _clock_gettime(np.int32(clock), np.uint64(time.ctypes.data))
     return time[0] + 1e-9 * time[1]
+
+
+@part()
+def width_of(kind):
+    """Bytes of an element."""
+    return 4 if kind == FLOAT32 else 2
+
+
+@part()
+def layout(inputs, size, starts, kinds):
+    """Where each input's bytes begin in the buffer, for blocks of `size`; and where these end."""
+    first = 0
+    for i in range(len(inputs)):
+        kinds[i], starts[i] = inputs[i, KIND], first
+        first += -(-size * width_of(kinds[i]) // _ALIGNED) * _ALIGNED
+    return first
+
+
+@part()
+def load_block(inputs, begin, length, buffer, starts, kinds, clock, spent):
+    """Read elements [begin, begin + length) of every input; whether that was possible."""
+    time = np.empty(2, np.int64)
+    began = seconds_by(clock, time)
+    for i in range(len(inputs)):
+        size = length * width_of(kinds[i])
+        offset = inputs[i, OFFSET] + begin * width_of(kinds[i])
+        if not read_exactly(inputs[i, FILE], offset, buffer[starts[i] : starts[i] + size]):
+            return False
+        spent[2] += size
+    spent[0] += seconds_by(clock, time) - began
+    return True

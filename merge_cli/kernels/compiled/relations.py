@@ -1,10 +1,14 @@
-"""Counts of how sources relate, element by element: see `kernels.relate`."""
+"""How sources relate, element by element, in memory or read from files: see `kernels.measures`."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.files import layout, load_block
 from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, as_words, kernel
+from merge_cli.kernels.compiled.measures import gram
+from merge_cli.kernels.compiled.ranks import kth_largest
+from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 
 _EXPONENT = U32(0x7F800000)
 _SEVEN = U32(7 << 23)  # bfloat16 has seven bits behind the point
@@ -87,24 +91,69 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
                 equal[t, s] += alike
 
 
-@kernel("u4(f4[::1], i8)")
-def key_of_rank(values, rank):
-    """The rank-th largest key (bits of |x|), by a histogram of upper bits, then one of lower."""
-    counts = np.zeros(1 << 15, np.int64)
-    bits = as_words(values)
-    for i in range(len(bits)):
-        counts[(bits[i] & MAGNITUDE) >> U32(16)] += 1
-    upper, above = len(counts) - 1, 0
-    while above + counts[upper] < rank:
-        above += counts[upper]
-        upper -= 1
-    counts = np.zeros(1 << 16, np.int64)
-    for i in range(len(bits)):
-        key = bits[i] & MAGNITUDE
-        if key >> U32(16) == upper:
-            counts[key & U32(0xFFFF)] += 1
-    lower = len(counts) - 1
-    while above + counts[lower] < rank:
-        above += counts[lower]
-        lower -= 1
-    return (U32(upper) << U32(16)) | U32(lower)
+call_count, call_gram = count_relations.by_address, gram.by_address
+call_rank = kth_largest.by_address
+
+
+@kernel(
+    "i8(i8[::1], u1[::1], i8[:, :, ::1], i8[::1], i8[::1], f8[:, :, ::1], i8[:, :, ::1], "
+    "i8[:, :, ::1], i8[:, :, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8, i8, f8[::1])"
+)
+def relate_streams(
+    addresses,
+    buffer,
+    inputs,
+    sizes,
+    ranks,
+    sums,
+    both,
+    agree,
+    equal,
+    large,
+    steps,
+    contest,
+    first,
+    clock,
+    spent,
+):
+    """Read whole tensors, from number `first` on, and add the sums of `gram` and `count_relations`.
+
+    Args:
+        addresses: of `kth_largest`, `gram` and `count_relations`.
+        buffer: room for every input of the largest tensor, numpy uint8.
+        inputs: see `files`; the first one of each tensor is its base.
+        sizes: elements of each tensor.
+        ranks: how many of a source's changes are its largest.
+        clock, spent: as `merge_streams` takes them.
+
+    Returns:
+        the tensor that stopped, because it cannot be read, or is not finite; their number if none
+        did. Nothing is added for it.
+    """
+    operands = inputs.shape[1]
+    starts, kinds = np.empty(operands, np.int64), np.empty(operands, np.int64)
+    counts, keys = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.int64)
+    last, thresholds = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.uint32)
+    for j in range(first, len(sizes)):
+        size, is_finite = sizes[j], True
+        layout(inputs[j], size, starts, kinds)
+        if not load_block(inputs[j], 0, size, buffer, starts, kinds, clock, spent):
+            return j
+        rows = np.empty((operands, size), np.float32)
+        for begin in range(0, size, TILE):
+            length = min(TILE, size - begin)
+            base = rows[0, begin : begin + length]
+            for i in range(operands):
+                raw = tile_of(buffer, starts[i], kinds[i], begin, length)
+                row = rows[i, begin : begin + length]
+                is_finite &= load_tile(raw, kinds[i], i > 0, base, row)
+        if not is_finite:
+            return j
+        counts[:] = ranks[j]
+        call_rank(addresses[0], (rows[1:], counts, keys, last))
+        for s in range(len(keys)):
+            thresholds[s] = max(keys[s], 1)  # nothing that is 0 is among the largest
+        call_gram(addresses[1], (rows, sums[j]))
+        relations = both[j], agree[j], equal[j], large[j], steps[j], contest[j]
+        call_count(addresses[2], (rows, thresholds, *relations))
+    return len(sizes)

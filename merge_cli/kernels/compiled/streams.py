@@ -12,7 +12,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.files import read_exactly, seconds_by, write_exactly
+from merge_cli.kernels.compiled.files import (
+    layout,
+    load_block,
+    seconds_by,
+    width_of,
+    write_exactly,
+)
 from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
 from merge_cli.kernels.compiled.kernel import U32, as_bytes, kernel, part
 from merge_cli.kernels.compiled.passes import (
@@ -32,47 +38,14 @@ START, STOP, TARGET, TARGET_OFFSET, TARGET_KIND, RUN, PERIOD = 0, 1, 2, 3, 4, 5,
 LOADED, DROPS, ELECTS, WEIGHTED, DIVIDE_BY = 7, 8, 9, 10, 11
 # What is dropped of the sources.
 NO_DROP, BY_MASK, BY_CUT = 0, 1, 2
-# The columns of `inputs` (for each job and input) and of `numbers`.
-FILE, OFFSET, KIND = 0, 1, 2
+# The columns of `numbers`.
 DIVISOR, SCALE, ZERO_SIGN = 0, 1, 2
-_ALIGNED = 64  # bytes: of a vector, and of a float32
 _WORD = 0xFFFFFFFF
 
 call_linear, call_disjoint = merge_linear.by_address, merge_disjoint.by_address
 call_measure, call_rank = measure_stored.by_address, rank_stored.by_address
 call_count, call_dot = count_stored.by_address, dot_stored.by_address
 call_find, call_keys = find_stored.by_address, keys_stored.by_address
-
-
-@part()
-def width_of(kind):
-    """Bytes of an element."""
-    return 4 if kind == FLOAT32 else 2
-
-
-@part()
-def layout(inputs, size, starts, kinds):
-    """Where each input's bytes begin in the buffer, for blocks of `size`; and where these end."""
-    first = 0
-    for i in range(len(inputs)):
-        kinds[i], starts[i] = inputs[i, KIND], first
-        first += -(-size * width_of(kinds[i]) // _ALIGNED) * _ALIGNED
-    return first
-
-
-@part()
-def load_block(inputs, begin, length, buffer, starts, kinds, clock, spent):
-    """Read elements [begin, begin + length) of every input; whether that was possible."""
-    time = np.empty(2, np.int64)
-    began = seconds_by(clock, time)
-    for i in range(len(inputs)):
-        size = length * width_of(kinds[i])
-        offset = inputs[i, OFFSET] + begin * width_of(kinds[i])
-        if not read_exactly(inputs[i, FILE], offset, buffer[starts[i] : starts[i] + size]):
-            return False
-        spent[2] += size
-    spent[0] += seconds_by(clock, time) - began
-    return True
 
 
 @part()
@@ -131,8 +104,8 @@ def merge_streams(
     """Merge every job, from `first_job` on, in blocks of so many elements.
 
     Args:
-        addresses: of `merge_linear`, `merge_disjoint`, `measure_stored` and `rank_stored`; 0 for
-            what is not used.
+        addresses: of `merge_linear`, `merge_disjoint`, `measure_stored`, `rank_stored` and
+            `kth_largest`; 0 for what is not used.
         ties: of each job and source how many elements of the tensor, from its first on, may be
             kept where they equal a cut's threshold.
         ks: how many elements of a source are kept, where its cut is not known yet: for jobs of one
@@ -165,7 +138,8 @@ def merge_streams(
             stored = buffer, starts, kinds, end - begin
             if drops == BY_CUT:
                 if addresses[3]:
-                    call_rank(addresses[3], (*stored, based, ks[j], rules[j], ties[j]))
+                    cuts = ks[j], rules[j], ties[j]
+                    call_rank(addresses[3], (addresses[4], *stored, based, *cuts))
                 move_ties(ties[j], begin, here)
             out = buffer[room : room + (end - begin) * width_of(kind)]
             if merge_elements(addresses, stored, begin, *formula, out, kind):
