@@ -18,7 +18,6 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,16 +135,6 @@ def parse_json(text: str | bytes) -> Any:
     return result
 
 
-@lru_cache(maxsize=2)
-def parse_shared(text: bytes) -> Any:
-    """`parse_json` of what several models have, byte for byte: parsed once, and not to be changed.
-
-    Raises:
-        Unreadable: as `parse_json`.
-    """
-    return parse_json(text)
-
-
 def read_json(
     path: Path,
     model: str = "",
@@ -157,7 +146,7 @@ def read_json(
 
     Args:
         model: the source as the recipe names it, for the message.
-        parse: `parse_json`, or `parse_shared`.
+        parse: what makes something of the content, and raises Unreadable where it cannot.
 
     Raises:
         CorruptFileError: see `read_bytes` and `parse_json`.
@@ -168,22 +157,13 @@ def read_json(
         raise CorruptFileError(str(error), model=model, file=path.name) from None
 
 
-def read_mapping(
-    path: Path,
-    model: str = "",
-    *,
-    limit: int = MAX_JSON,
-    parse: Callable[[bytes], Any] = parse_json,
-) -> dict[str, Any]:
+def read_mapping(path: Path, model: str = "", *, limit: int = MAX_JSON) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
-
-    Args:
-        parse: as for `read_json`.
 
     Raises:
         CorruptFileError: see `read_json`, or it holds something else.
     """
-    json = read_json(path, model, limit=limit, parse=parse)
+    json = read_json(path, model, limit=limit)
     if not isinstance(json, dict):
         message = f"is not a mapping but {kind_of(json)}"
         raise CorruptFileError(message, model=model, file=path.name)

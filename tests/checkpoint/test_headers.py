@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from merge_cli.checkpoint import headers
 from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.recipe.reference import ModelRef
@@ -195,3 +199,56 @@ def test_hostile_json(tmp_path: Path, file: str, content: str, words: str) -> No
 def test_hostile_headers(tmp_path: Path, entries: Any) -> None:
     with pytest.raises(CorruptFileError):
         parse(craft(tmp_path / "x.safetensors", entries))
+
+
+NAMES = st.sampled_from(["a", "b.0.c", "d:e", 'f"', "g\\", "h\n", "ä", "\xa0", "__metadata__", ""])
+SHAPES = st.lists(st.integers(0, 3), max_size=2)
+EDITS = st.sampled_from(
+    [
+        *'"\\{}[],: 0123a\n', '""', "}}", ', "', '":', "00", "-", ".0", "null", '"x":1,', "\ud800",
+        '"__metadata__":{},', '"dtype":"F32",',
+        '"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},',
+    ]
+)  # fmt: skip
+
+
+def header_text(entries: list[Any], metadata: Any, separators: Any) -> str:
+    """A header as writers make it, of tensors one behind another."""
+    end, document = 0, {} if metadata is None else {"__metadata__": metadata}
+    for name, dtype, shape in entries:
+        start, end = end, end + torch.Size(shape).numel() * {"F32": 4, "U8": 1}.get(dtype, 2)
+        document[name] = entry(start, end, shape, dtype)
+    return json.dumps(document, separators=separators, ensure_ascii=False)
+
+
+def outcome(raw: bytes, size: int) -> Any:
+    try:
+        return list(parse_header(raw, Path("x.safetensors"), size, "m").items())
+    except CorruptFileError as error:
+        return str(error)
+
+
+@given(
+    st.lists(st.tuples(NAMES, st.sampled_from(["F32", "U8", "BF16"]), SHAPES), max_size=4),
+    st.sampled_from([None, {}, {"format": "pt"}, {"a": 'b:"},{'}, {"a": 1}, {"a": {"b": "c"}}]),
+    st.sampled_from([(",", ":"), (", ", ": "), (" ,", " : ")]),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3), EDITS), max_size=2),
+    st.sampled_from(["", " ", "\n  ", "\xa0", "x"]),
+    st.integers(-1, 1),
+)
+@example([("a", "F32", [2])], None, (",", ":"), [(1, 0, "\ufeff")], "", 0)
+def test_columns_are_those_of_entries_one_by_one(
+    entries: Any, metadata: Any, separators: Any, edits: Any, padding: str, more: int
+) -> None:
+    """Whatever a header says: the same tensors, or the same error."""
+    text = header_text(entries, metadata, separators) + padding
+    for at, taken, new in edits:
+        text = text[:at] + new + text[at + taken :]
+    body = text.encode(errors="surrogatepass")
+    raw = struct.pack("<Q", len(body)) + body
+    ends = {0, *map(int, re.findall(r"([0-9]{1,9})\]\}", text))}
+    for size in {len(raw) + end + more for end in ends}:
+        by_columns = outcome(raw, size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(headers, "columns_at_once", lambda *_: None)
+            assert outcome(raw, size) == by_columns
