@@ -11,13 +11,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from json.encoder import encode_basestring
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
 from merge_cli.checkpoint.dtypes import DTYPES, width_of
@@ -143,12 +143,36 @@ def natural_key(name: str) -> tuple[bool, str]:
 
 def natural_order(names: Sequence[str]) -> list[int]:
     """Indexes of the names as `natural_key` sorts them."""
-    keys = _with_padded("\n".join(names)).split("\n")  # 100,000 in a fraction of the time
-    if len(keys) != len(names):  # a name has several lines
-        keys = [*map(_with_padded, names)]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    numbered = [i for i in order if keys[i].startswith("\0")]
-    return [*(i for i in order if not keys[i].startswith("\0")), *numbered] if numbered else order
+    # Most names differ behind `model.layers.7.` in what other layers have, too: of 100,000 names
+    # there are few beginnings and few rests. No other name begins with a beginning, which ends in
+    # no digit: so names compare by their beginnings, then by their rests.
+    beginnings: list[str] = []
+    rests: list[str] = []
+    beginning = ""
+    for name in names:
+        if not beginning or not name.startswith(beginning):
+            beginning = _beginning(name)
+        beginnings.append(beginning or name)
+        rests.append(name[len(beginning) :] if beginning else "")
+    beginning_ranks, rest_ranks = _ranks(beginnings, natural_key), _ranks(rests, _with_padded)
+    count = len(rest_ranks)
+    ranks = [
+        beginning_ranks[beginning] * count + rest_ranks[rest]
+        for beginning, rest in zip(beginnings, rests, strict=True)
+    ]
+    return sorted(range(len(ranks)), key=ranks.__getitem__)
+
+
+def _beginning(name: str) -> str:
+    """All up to the first dot behind a number; empty where there is none."""
+    number = _NUMBER.search(name)
+    return name[: name.find(".", number.end()) + 1] if number else ""
+
+
+def _ranks(texts: Sequence[str], key_of: Callable[[str], Any]) -> dict[str, int]:
+    keys = {text: key_of(text) for text in {*texts}}
+    ranks = {key: rank for rank, key in enumerate(sorted({*keys.values()}))}
+    return {text: ranks[key] for text, key in keys.items()}
 
 
 def _with_padded(text: str) -> str:

@@ -16,11 +16,11 @@ from merge_cli.checkpoint.tensors import Tensor, TensorMap, has_names, in_order
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors
 from merge_cli.planning.layers import (
-    LayerKeys,
     LayerPosition,
     LayerPositions,
     heights,
     known_modules,
+    layers_of,
     model_heights,
 )
 from merge_cli.planning.matches import Model, TensorMatch, TensorMatches
@@ -55,7 +55,7 @@ def match_pieces(
             matches.matches += _left_over(output_slice, parts[output_slice.reference.source][""])
             continue
         of_module = [part[output_slice.module] for part in parts] if output_slice.module else models
-        _match_slice(output_slice, of_module, layer_keys, absent, matches)
+        _match_slice(output_slice, of_module, absent, matches)
     return matches
 
 
@@ -102,7 +102,6 @@ def _left_over(output_slice: OutputSlice, model: Model) -> Iterator[TensorMatch]
 def _match_slice(
     output_slice: OutputSlice,
     models: Sequence[Model],
-    layer_keys: LayerKeys,
     absent: AbsentTensors,
     into: TensorMatches,
 ) -> None:
@@ -116,15 +115,12 @@ def _match_slice(
     sliced = output_slice.reference.layers is not None
     stack = models[output_slice.reference.source].layer_index.main if sliced else None
     names = list(candidates[0])
-    keys = layer_keys.of(names)
-    layers = heights(keys)
+    layers = layers_of(names)
+    layer_counts = heights(layers)
     if not sliced:
-        layers = model_heights(layers, models[output_slice.reference.source].source.config)
-    positions = LayerPositions(layers, stack, output_slice.start)
-    layer_positions = [
-        positions.of(key) if key else LayerPosition(name)
-        for name, key in zip(names, keys, strict=True)
-    ]
+        config = models[output_slice.reference.source].source.config
+        layer_counts = model_heights(layer_counts, config)
+    layer_positions = LayerPositions(layer_counts, stack, output_slice.start).of(names, layers)
     alike = _match_alike(output_slice, names, layer_positions, candidates)
     into.matches += alike
     for name, position in zip(names, layer_positions, strict=True) if not alike else ():

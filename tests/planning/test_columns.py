@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from merge_cli.checkpoint.headers import TensorRef
@@ -15,7 +15,7 @@ from merge_cli.checkpoint.tensors import has_names, in_order
 from merge_cli.errors import MergeCliError
 from merge_cli.planning import match, tasks
 from merge_cli.planning.draft import Draft
-from merge_cli.planning.layers import LayerKeys, layer_key_of
+from merge_cli.planning.layers import layer_key_of, layers_of
 from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.passes import cut_slices, match_tensors
 from merge_cli.planning.planner import load_recipe
@@ -61,7 +61,7 @@ def planned(text: str, models: tuple[dict[str, Any], ...]) -> Any:
         draft = decide_tasks(match_tensors(cut_slices(start)))
     except MergeCliError as error:
         return str(error), [str(problem) for problem in getattr(error, "problems", ())]
-    return draft.tasks, draft.notes, draft.matches.layer_keys
+    return draft.tasks, draft.notes
 
 
 @settings(deadline=None)
@@ -93,8 +93,11 @@ def test_natural_order_is_that_of_the_keys(names: list[str]) -> None:
 
 
 @given(TEXTS)
-def test_layer_keys_are_found_at_once_as_one_by_one(names: list[str]) -> None:
-    assert LayerKeys().of(names) == [layer_key_of(name) for name in names]
+@example(["1.w", "1.2.w", ".1.w", ".1."])
+@example(["a.1.w", "a.1.w\n", "a.1.w\nb", "a.1."])
+def test_layers_are_found_at_once_as_one_by_one(names: list[str]) -> None:
+    keys = [layer_key_of(name) for name in names]
+    assert layers_of(names) == [key and (key.stack, key.number) for key in keys]
 
 
 @given(st.permutations(NAMES), st.sets(st.sampled_from(NAMES)))
