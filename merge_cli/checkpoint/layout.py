@@ -214,7 +214,7 @@ def _shard(folder: str, file: str, tensors: Sequence[OutputTensor]) -> Shard:
 
 
 def _escaped(names: Sequence[str]) -> Sequence[str]:
-    """Names as JSON has them between quotes: as a rule as they are, which one look at all tells."""
+    """Names as JSON has them between quotes: mostly as they are, which one look at all tells."""
     together = "".join(names)
     if encode_basestring(together) == f'"{together}"':
         return names
