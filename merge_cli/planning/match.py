@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 
 from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.tensors import Tensor, TensorMap, has_names, in_order
@@ -178,7 +178,8 @@ def _match_alike(
     columns = [in_order(tensors, names) for tensors in candidates]
     first, *others = ([*map(attrgetter("shape"), column)] for column in columns)
     dtypes = {*map(attrgetter("dtype"), chain.from_iterable(columns))}
-    left_out = any(map(methodcaller("endswith", _LEFT_OUT), names))
+    text = "\n".join([*names, ""])
+    left_out = any(f"{end}\n" in text for end in _LEFT_OUT)
     if left_out or not dtypes <= _MERGEABLE or any(shapes != first for shapes in others):
         return []
     bases = columns.pop(0) if output_slice.base else repeat(None)
@@ -281,6 +282,8 @@ def _report_extra(
     reference, sliced = candidates[0], output_slice.reference.layers is not None
     seen: set[tuple[str, str]] = set()
     for member, label, tensors in zip(output_slice.members, labels, candidates, strict=True):
+        if len(tensors) == len(reference) and has_names(reference, tensors):
+            continue
         for name in tensors:
             if name in reference or (label, name) in seen:
                 continue

@@ -232,8 +232,10 @@ def merged_dtype(dtypes: Iterable[str]) -> str:
 
 def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]:
     """A line where sources of several dtypes make one that some of them do not have."""
+    if recipe.output_dtype is not None:
+        return
     mixed = [task for task in tasks if task.note.startswith("stored as ")]
-    if mixed and recipe.output_dtype is None:
+    if mixed:
         widest = promoted({task.dtype for task in mixed if task.dtype in MERGEABLE} or {"F32"})
         yield (
             f"sources differ in dtype in {len(mixed)} tensors, written in the wider one "

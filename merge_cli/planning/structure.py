@@ -111,9 +111,10 @@ def _unchanged(
         before = read_mapping(config_source.root / "config.json", config_source.label)
     if _plain(before) != _plain(config):
         return False
-    there: Shapes = dict(
-        zip(source_tensors, map(attrgetter("shape"), source_tensors.values()), strict=True)
-    )
+    stored = [*map(attrgetter("shape"), source_tensors.values())]
+    if len(shapes) == len(stored) and [*map(shapes.get, source_tensors)] == stored:
+        return True
+    there: Shapes = dict(zip(source_tensors, stored, strict=True))
     there = _model_shapes(there, config_source)
     return there == shapes or _without_buffers(there) == _without_buffers(shapes)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, repeat
 from operator import attrgetter
+from typing import TypeVar
 
 from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
 from merge_cli.checkpoint.layout import natural_order
@@ -42,11 +43,12 @@ def decide_tasks(draft: Draft) -> Draft:
     refused: dict[str, Problem] = {}
     unfit: dict[str, str] = {}
     for part, matches in groupby(draft.matches.matches, key=attrgetter("output_slice")):
-        decided = tensor_tasks(recipe, draft.method, part, [*matches], choice, draft.copy_of, unfit)
-        for task, error in decided:
-            tasks.append(task)
-            if error:
-                refused.setdefault(error, recipe.problem(part.key, error))
+        decided, errors = tensor_tasks(
+            recipe, draft.method, part, [*matches], choice, draft.copy_of, unfit
+        )
+        tasks += decided
+        for error in errors:
+            refused.setdefault(error, recipe.problem(part.key, error))
     unwritable = list(problems(recipe, config_source, tasks, unfit))
     if refused or unwritable:
         raise RecipeError([*refused.values(), *unwritable])
@@ -63,20 +65,34 @@ def tensor_tasks(
     choice: EncodingChoice | None,
     copy_of: Mapping[str, str],
     unfit: dict[str, str],
-) -> Iterator[tuple[TensorTask, str]]:
-    """The output tensors of one slice, and why each cannot be merged (empty where it can).
+) -> tuple[list[TensorTask], list[str]]:
+    """The output tensors of one slice, and why some cannot be merged, each reason once.
 
     Args:
         unfit: filled: tensors that cannot be written as the recipe asks for it, and why.
     """
     resolver = Resolver(recipe, method, part.spec, [operand.spec for operand in part.operands])
-    sources = tuple(operand.source for operand in part.operands)
-    ids = tuple(operand.recipe_index for operand in part.operands)
-    requested = SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
     is_plain = choice is None and not copy_of and not resolver.filtered
-    alike = _tasks_alike(matches, resolver, sources, ids, requested) if is_plain else []
-    yield from alike
-    for match in matches if not alike else ():
+    alike = _tasks_alike(matches, resolver, part, recipe) if is_plain else None
+    if alike:
+        return alike
+    pairs = _tasks_one_by_one(matches, resolver, part, recipe, choice, copy_of, unfit)
+    tasks, errors = zip(*pairs, strict=True)
+    return [*tasks], [*dict.fromkeys(filter(None, errors))]
+
+
+def _tasks_one_by_one(
+    matches: Sequence[TensorMatch],
+    resolver: Resolver,
+    part: OutputSlice,
+    recipe: Recipe,
+    choice: EncodingChoice | None,
+    copy_of: Mapping[str, str],
+    unfit: dict[str, str],
+) -> Iterator[tuple[TensorTask, str]]:
+    """Each task, and why it cannot be merged (empty where it can)."""
+    sources, ids, requested = _of_operands(part, recipe)
+    for match in matches:
         if match.copied:
             (tensor,), decided = match.operands, Decision()
             if choice and choice.keeps:
@@ -127,53 +143,64 @@ def tensor_tasks(
         yield task, resolved.error
 
 
+def _of_operands(
+    part: OutputSlice, recipe: Recipe
+) -> tuple[tuple[int, ...], tuple[int, ...], str | None]:
+    """For each operand its source and its index in the recipe; the dtype that is asked for."""
+    sources = tuple(operand.source for operand in part.operands)
+    ids = tuple(operand.recipe_index for operand in part.operands)
+    return sources, ids, SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
+
+
 def _tasks_alike(
-    matches: Sequence[TensorMatch],
-    resolver: Resolver,
-    sources: tuple[int, ...],
-    ids: tuple[int, ...],
-    requested: str | None,
-) -> list[tuple[TensorTask, str]]:
-    """`tensor_tasks` where the method merges all of them; else none.
+    matches: Sequence[TensorMatch], resolver: Resolver, part: OutputSlice, recipe: Recipe
+) -> tuple[list[TensorTask], list[str]] | None:
+    """`tensor_tasks` where the method merges all of them; else None.
 
     As a rule it does. Columns take a fraction of the time of 100,000 tensors one by one.
 
     Args:
         resolver: one that looks at no names.
     """
+    sources, ids, requested = _of_operands(part, recipe)
     names, _, layer_positions, operands, bases, _, copied = zip(*matches, strict=True)
     positions = [*map(attrgetter("position"), layer_positions)]
     first_at = dict(zip(reversed(positions), reversed(names), strict=True))
     resolved_at = {at: resolver.of(first_at[at], at) for at in dict.fromkeys(positions)}
     if any(copied) or any(resolved.copies for resolved in resolved_at.values()):
-        return []
-    columns = [*zip(*operands, strict=True)]
-    references = columns[0] if bases[0] is None else bases
-    stored = [*zip(*map(default_dtypes, (references, *columns)), strict=True)]
-    dtypes = {row: requested or merged_dtype(row) for row in dict.fromkeys(stored)}
-    notes = {row: _stored_as(row) for row in dtypes}
-    parameters = {at: resolved.parameters for at, resolved in resolved_at.items()}
-    errors = {at: resolved.error for at, resolved in resolved_at.items()}
+        return None
+    columns = [*zip(*operands, strict=True), *([] if bases[0] is None else [bases])]
+    stored = [*zip(*map(default_dtypes, columns), strict=True)]
     rows = zip(
         names,
-        map(attrgetter("shape"), references),
-        map(dtypes.__getitem__, stored),
+        map(attrgetter("shape"), columns[-1]),
+        _looked_up(stored, lambda row: requested or merged_dtype(row)),
         repeat("merge"),
         operands,
         repeat(sources),
         repeat(ids),
         bases,
-        map(parameters.__getitem__, positions),
+        _looked_up(positions, lambda at: resolved_at[at].parameters),
         map(attrgetter("group"), layer_positions),
-        map(notes.__getitem__, stored),
+        _looked_up(stored, _stored_as),
         positions,
         repeat(None),  # no encoding,
         repeat(None),  # nothing kept of one,
         repeat(""),  # and no copy
         strict=False,  # `repeat` never ends
     )
-    tasks = map(partial(tuple.__new__, TensorTask), rows)
-    return [*zip(tasks, map(errors.__getitem__, positions), strict=True)]
+    errors = [resolved.error for resolved in resolved_at.values() if resolved.error]
+    return [*map(partial(tuple.__new__, TensorTask), rows)], errors
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def _looked_up(keys: Sequence[Key], value_of: Callable[[Key], Value]) -> Iterator[Value]:
+    """The value of each key, of which few differ."""
+    values = {key: value_of(key) for key in {*keys}}
+    return repeat(values[keys[0]]) if len(values) == 1 else map(values.__getitem__, keys)
 
 
 def _stored_as(dtypes: Iterable[str]) -> str:

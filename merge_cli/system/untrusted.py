@@ -126,8 +126,8 @@ def parse_json(text: str | bytes) -> Any:
     except (ValueError, MemoryError) as error:  # JSONDecodeError and UnicodeDecodeError are too
         raise Unreadable(f"is not valid JSON: {error}") from None
     _check_depth(result)
-    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
-    if escape in text.lower():  # type: ignore[operator]  # both are of one kind
+    escapes = (b"\\ud", b"\\uD") if isinstance(text, bytes) else ("\\ud", "\\uD")
+    if any(escape in text for escape in escapes):  # type: ignore[operator]  # all of one kind
         try:
             json.dumps(result, ensure_ascii=False).encode()
         except UnicodeEncodeError:
