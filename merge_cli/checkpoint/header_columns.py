@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -36,6 +36,11 @@ class HeaderColumns:
     shapes: Sequence[tuple[int, ...]]
     offsets: Sequence[int]
     sizes: Sequence[int]
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Name -> index in the columns."""
+        return {name: row for row, name in enumerate(self.names)}
 
 
 # What stands between two names of a header as safetensors writes it, and behind the last: dtype

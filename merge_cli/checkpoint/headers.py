@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import repeat
 from operator import attrgetter
@@ -107,7 +107,7 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         CorruptFileError: anything that does not hold; names the tensor.
     """
     columns = header_columns(raw, path, file_size, model)
-    return refs_of(columns, repeat(path), model)
+    return dict(zip(columns.names, refs_of(columns, repeat(path), model), strict=True))
 
 
 def header_columns(raw: bytes, path: Path, file_size: int, model: str) -> HeaderColumns:
@@ -127,11 +127,11 @@ def header_columns(raw: bytes, path: Path, file_size: int, model: str) -> Header
     return HeaderColumns(names, dtypes, shapes, offsets, sizes)
 
 
-def refs_of(columns: HeaderColumns, paths: Iterable[Path], model: str) -> dict[str, TensorRef]:
-    """Tensor name -> where it is.
+def refs_of(columns: HeaderColumns, paths: Iterable[Path], model: str) -> Iterator[TensorRef]:
+    """Every tensor.
 
     Args:
-        paths: the file of each tensor; there may be more.
+        paths: the file of each; there may be more.
     """
     rows = zip(
         columns.names,
@@ -143,7 +143,7 @@ def refs_of(columns: HeaderColumns, paths: Iterable[Path], model: str) -> dict[s
         repeat(model),
         strict=False,  # `repeat` never ends
     )
-    return dict(zip(columns.names, map(partial(tuple.__new__, TensorRef), rows), strict=True))
+    return map(partial(tuple.__new__, TensorRef), rows)
 
 
 def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> list[TensorRef]:

@@ -23,8 +23,9 @@ from merge_cli.checkpoint.components import (
     stem_of,
 )
 from merge_cli.checkpoint.header_columns import HeaderColumns
-from merge_cli.checkpoint.headers import TensorRef, header_columns, read_header_file, refs_of
+from merge_cli.checkpoint.headers import TensorRef, header_columns, read_header_file
 from merge_cli.checkpoint.repository import Repository
+from merge_cli.checkpoint.stored_tensors import StoredTensors
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.pickled import PICKLES
 from merge_cli.system.untrusted import Unreadable, kind_of, parse_json, read_json
@@ -116,7 +117,8 @@ def read_headers(
     """
     tensors: dict[str, TensorRef] = {}
     headers: dict[str, bytes] = {}
-    for part in part_folders(storage.names, storage.modules):
+    parts = part_folders(storage.names, storage.modules)
+    for part in parts:
         if "/" in part:
             message = f"{MODULES} names a folder within a folder, whose weights are not merged"
             raise SourceError(message, model=label, file=part)
@@ -138,10 +140,10 @@ def read_headers(
             repeat(storage.root / part / shard, len(there.names))
             for shard, there in zip(shards, columns, strict=True)
         )
-        refs = refs_of(joined, chain.from_iterable(paths), label)
-        if not part:
-            tensors |= refs
-        for name, ref in refs.items() if part else ():
+        stored = StoredTensors(joined, chain.from_iterable(paths), label)
+        if parts == [""]:
+            return stored, headers
+        for name, ref in stored.items():
             tensors[inside(part, name)] = ref._replace(name=inside(part, name))
     return tensors, headers
 
