@@ -213,9 +213,9 @@ class LayerPositions:
 
     def of(self, names: Sequence[str], layers: Sequence[Layer | None]) -> list[LayerPosition]:
         """The position of each name, given its layer."""
-        found = {layer: self._find(layer) for layer in {*layers} if layer is not None}
+        positions = {layer: self._find(layer) for layer in {*layers} if layer is not None}
         return [
-            LayerPosition(name) if layer is None else found[layer]
+            LayerPosition(name) if layer is None else positions[layer]
             for name, layer in zip(names, layers, strict=True)
         ]
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from merge_cli.checkpoint.coefficients import CoefficientFile
@@ -25,6 +24,7 @@ from merge_cli.formats.encoding import Encoding, Verbatim
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.methods.registry import Method
+from merge_cli.planning import totals
 from merge_cli.planning.heads import Copies
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.matches import TensorMatch
@@ -182,7 +182,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(task.bytes_read for task in self.tasks)
+        return self.input_totals.nbytes
 
     @property
     def bytes_written(self) -> int:
@@ -193,7 +193,9 @@ class Plan:
         opened = self.sources[source]
         root = opened.root
         names = {
-            path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
+            path.relative_to(root).as_posix()
+            for path in self.input_totals.files
+            if root in path.parents
         }
         return names & {opened.file} if opened.file else names  # others there are other sources'
 
@@ -216,12 +218,28 @@ class Plan:
         return (ref for task in self.tasks for tensor in task.inputs for ref in tensor.stored)
 
     @cached_property
-    def _files_read(self) -> frozenset[Path]:
-        return frozenset(ref.path for ref in self.stored_inputs)
+    def input_totals(self) -> totals.InputTotals:
+        """What is read."""
+        return totals.input_totals(self.tasks)
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
-        return sum(task.size for task in self.tasks)
+        return totals.element_count(self.tasks)
+
+    @cached_property
+    def computed(self) -> Sequence[TensorTask]:
+        """The tasks whose bytes are not an operand's."""
+        return totals.computed_of(self.tasks)
+
+    @cached_property
+    def computed_dtypes(self) -> frozenset[str]:
+        """What they read, and what they write."""
+        return totals.dtypes_of(self.computed)
+
+    @cached_property
+    def most_inputs(self) -> int:
+        """How many tensors are read for one, at most."""
+        return totals.most_inputs(self.tasks)
 
 
 def merged_dtype(dtypes: Iterable[str]) -> str:
