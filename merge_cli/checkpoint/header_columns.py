@@ -13,7 +13,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
@@ -29,6 +29,9 @@ class HeaderColumns:
     """A header that holds in every point, in the order of the data. See `TensorRef`.
 
     Two are equal if they are one object: what has been found out about one need not be again.
+
+    Attributes:
+        raw: the header itself, if it is one; models that have the same can share it.
     """
 
     names: Sequence[str]
@@ -36,6 +39,7 @@ class HeaderColumns:
     shapes: Sequence[tuple[int, ...]]
     offsets: Sequence[int]
     sizes: Sequence[int]
+    raw: bytes = field(default=b"", repr=False)
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -92,7 +96,7 @@ def columns_at_once(raw: bytes, file_size: int) -> HeaderColumns | None:
     if [*map(str, ends[1:])] != stops or data_start + ends.pop() != file_size:
         return None
     names = [*map(sys.intern, names)]  # sources of other files, too, have these names
-    return HeaderColumns(names, dtypes, shapes, [*map(data_start.__add__, ends)], sizes)
+    return HeaderColumns(names, dtypes, shapes, [*map(data_start.__add__, ends)], sizes, raw)
 
 
 def _is_beginning(text: str) -> bool:

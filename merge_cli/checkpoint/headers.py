@@ -124,7 +124,7 @@ def header_columns(raw: bytes, path: Path, file_size: int, model: str) -> Header
     refs = _checked_one_by_one(raw, path, file_size, model)
     fields = [*zip(*refs, strict=True)] or [()] * 6
     names, _, dtypes, shapes, offsets, sizes, *_ = map(tuple, fields)
-    return HeaderColumns(names, dtypes, shapes, offsets, sizes)
+    return HeaderColumns(names, dtypes, shapes, offsets, sizes, raw)
 
 
 def refs_of(columns: HeaderColumns, paths: Iterable[Path], model: str) -> Iterator[TensorRef]:

@@ -133,8 +133,8 @@ def read_headers(
                 hint = "Download or copy it again."
                 raise CorruptFileError(message, model=label, file=inside(part, shard), hint=hint)
             raw, size = storage.header(inside(part, shard), label)
-            headers[inside(part, shard)] = raw
             columns.append(header_columns(raw, storage.root / part / shard, size, label))
+            headers[inside(part, shard)] = columns[-1].raw
         joined = join_shards(shards, columns, index, label)
         paths = (
             repeat(storage.root / part / shard, len(there.names))
@@ -282,7 +282,8 @@ def _joined(
     """As `join_shards`, once for models whose headers and index are the same; None on an error."""
     fields = attrgetter("names", "dtypes", "shapes", "offsets", "sizes")
     rows = map(chain.from_iterable, zip(*map(fields, columns), strict=True))
-    joined = HeaderColumns(*map(list, rows))
+    names, dtypes, shapes, offsets, sizes = map(list, rows)
+    joined = HeaderColumns(names, dtypes, shapes, offsets, sizes)
     counts = (len(there.names) for there in columns)
     placed = dict(zip(joined.names, chain.from_iterable(map(repeat, shards, counts)), strict=True))
     if len(placed) < len(joined.names):
