@@ -188,17 +188,18 @@ def _sizes(tensors: Sequence[OutputTensor]) -> Iterator[int]:
 
 def _shard(folder: str, file: str, tensors: Sequence[OutputTensor]) -> Shard:
     ordered = sorted(tensors)  # by code points, which is the order of UTF-8's bytes, too
-    if len({tensor.dtype for tensor in ordered}) > 1:
+    if len({*map(attrgetter("dtype"), ordered)}) > 1:
         ordered.sort(key=lambda tensor: _RANK[tensor.dtype])
     prefix = f"{folder}/" if folder else ""
-    bounds = [0, *accumulate(_sizes(ordered))]
     names, dtypes, shapes = zip(*ordered, strict=True) if ordered else ((), (), ())
+    described, sizes = zip(*map(_described, dtypes, shapes), strict=True) if ordered else ((), ())
+    bounds = [0, *accumulate(sizes)]
     # Parts of the text, joined once: json.dumps takes four times as long for 100,000.
     numbers = [*map(str, bounds)]
     entries = zip(
         repeat(',"'),
         _escaped([name.removeprefix(prefix) for name in names] if prefix else names),
-        map(_described, dtypes, shapes),
+        described,
         numbers,
         repeat(","),
         numbers[1:],
@@ -222,6 +223,7 @@ def _escaped(names: Sequence[str]) -> Sequence[str]:
 
 
 @lru_cache(maxsize=4096)
-def _described(dtype: str, shape: tuple[int, ...]) -> str:
-    """What stands between the name and the offsets in a header's entry."""
-    return f'":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+def _described(dtype: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """What stands between name and offsets in a header's entry, and the tensor's bytes."""
+    text = f'":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+    return text, _nbytes(shape, dtype)

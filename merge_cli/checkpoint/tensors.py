@@ -113,11 +113,27 @@ def in_order(tensors: TensorMap, names: Sequence[str]) -> list[Tensor]:
     return [*(tensors.values() if [*tensors] == names else map(tensors.__getitem__, names))]
 
 
-def default_dtypes(tensors: Collection[Tensor]) -> list[str]:
-    """The dtype of each where the recipe names none."""
-    # What is stored has its own: no call for each of 100,000.
-    stored = {*map(type, tensors)} == {TensorRef}
-    return [*map(attrgetter("dtype" if stored else "default_dtype"), tensors)]
+def shapes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[tuple[int, ...]]:
+    """Their shapes, in the order of these names."""
+    columns = columns_of(tensors)
+    if columns is not None and columns.names == names:
+        return [*columns.shapes]
+    return [*map(attrgetter("shape"), in_order(tensors, names))]
+
+
+def dtypes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[str]:
+    """Their dtypes, in the order of these names."""
+    columns = columns_of(tensors)
+    if columns is not None and columns.names == names:
+        return [*columns.dtypes]
+    return [*map(attrgetter("dtype"), in_order(tensors, names))]
+
+
+def default_dtypes(tensors: TensorMap, names: Sequence[str]) -> list[str]:
+    """Their dtypes where the recipe names none, in the order of these names."""
+    if columns_of(tensors) is not None:  # what is stored has its own
+        return dtypes_in_order(tensors, names)
+    return [tensor.default_dtype for tensor in in_order(tensors, names)]
 
 
 # What input embeddings end with, by architecture.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby, repeat
+from itertools import repeat
 from operator import attrgetter
 from typing import TypeVar
 
 from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
 from merge_cli.checkpoint.layout import natural_order
-from merge_cli.checkpoint.tensors import default_dtypes
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.formats.encoding import Verbatim
 from merge_cli.methods.registry import Method
 from merge_cli.planning.draft import Draft
 from merge_cli.planning.encodings import Decision, EncodingChoice, problems
-from merge_cli.planning.matches import TensorMatch
+from merge_cli.planning.matches import AlikeMatches, TensorMatch, as_columns
 from merge_cli.planning.output_slices import OutputSlice, output_slices
 from merge_cli.planning.plan import (
     Action,
@@ -42,9 +41,9 @@ def decide_tasks(draft: Draft) -> Draft:
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
     unfit: dict[str, str] = {}
-    for part, matches in groupby(draft.matches.matches, key=attrgetter("output_slice")):
+    for part, matches in draft.matches.by_slice:
         decided, errors = tensor_tasks(
-            recipe, draft.method, part, [*matches], choice, draft.copy_of, unfit
+            recipe, draft.method, part, matches, choice, draft.copy_of, unfit
         )
         tasks += decided
         for error in errors:
@@ -73,12 +72,12 @@ def tensor_tasks(
     """
     resolver = Resolver(recipe, method, part.spec, [operand.spec for operand in part.operands])
     is_plain = choice is None and not copy_of and not resolver.filtered
-    alike = _tasks_alike(matches, resolver, part, recipe) if is_plain else None
+    columns = as_columns(matches) if is_plain and matches else None
+    alike = _tasks_alike(columns, resolver, part, recipe) if columns else None
     if alike:
         return alike
-    pairs = _tasks_one_by_one(matches, resolver, part, recipe, choice, copy_of, unfit)
-    tasks, errors = zip(*pairs, strict=True)
-    return [*tasks], [*dict.fromkeys(filter(None, errors))]
+    pairs = [*_tasks_one_by_one(matches, resolver, part, recipe, choice, copy_of, unfit)]
+    return [task for task, _ in pairs], [*dict.fromkeys(error for _, error in pairs if error)]
 
 
 def _tasks_one_by_one(
@@ -105,7 +104,7 @@ def _tasks_one_by_one(
         original = copy_of.get(match.name, "")
         names = input_names(match) if resolver.filtered and not original else ()
         resolved = resolver.of(original or match.name, match.layer_position.position, names)
-        dtypes = default_dtypes((reference, *match.operands))
+        dtypes = [tensor.default_dtype for tensor in (reference, *match.operands)]
         dtype = requested or merged_dtype(dtypes)
         if choice and choice.keeps and not requested:
             dtype = reference.default_dtype
@@ -153,7 +152,7 @@ def _of_operands(
 
 
 def _tasks_alike(
-    matches: Sequence[TensorMatch], resolver: Resolver, part: OutputSlice, recipe: Recipe
+    matches: AlikeMatches, resolver: Resolver, part: OutputSlice, recipe: Recipe
 ) -> tuple[list[TensorTask], list[str]] | None:
     """`tensor_tasks` where the method merges all of them; else None.
 
@@ -163,25 +162,23 @@ def _tasks_alike(
         resolver: one that looks at no names.
     """
     sources, ids, requested = _of_operands(part, recipe)
-    names, _, layer_positions, operands, bases, _, copied = zip(*matches, strict=True)
-    positions = [*map(attrgetter("position"), layer_positions)]
-    first_at = dict(zip(reversed(positions), reversed(names), strict=True))
+    positions = [*map(attrgetter("position"), matches.layer_positions)]
+    first_at = dict(zip(reversed(positions), reversed(matches.names), strict=True))
     resolved_at = {at: resolver.of(first_at[at], at) for at in dict.fromkeys(positions)}
-    if any(copied) or any(resolved.copies for resolved in resolved_at.values()):
+    if any(resolved.copies for resolved in resolved_at.values()):
         return None
-    columns = [*zip(*operands, strict=True), *([] if bases[0] is None else [bases])]
-    stored = [*zip(*map(default_dtypes, columns), strict=True)]
+    stored = [*zip(*matches.dtypes, strict=True)]
     rows = zip(
-        names,
-        map(attrgetter("shape"), columns[-1]),
+        matches.names,
+        matches.shapes,
         _looked_up(stored, lambda row: requested or merged_dtype(row)),
         repeat("merge"),
-        operands,
+        zip(*matches.operands, strict=True),
         repeat(sources),
         repeat(ids),
-        bases,
+        repeat(None) if matches.bases is None else matches.bases,
         _looked_up(positions, lambda at: resolved_at[at].parameters),
-        map(attrgetter("group"), layer_positions),
+        map(attrgetter("group"), matches.layer_positions),
         _looked_up(stored, _stored_as),
         positions,
         repeat(None),  # no encoding,
