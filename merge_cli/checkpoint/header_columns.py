@@ -10,7 +10,6 @@ import json
 import math
 import re
 import struct
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -95,8 +94,14 @@ def columns_at_once(raw: bytes, file_size: int) -> HeaderColumns | None:
     ends = [*accumulate(sizes, initial=0)]
     if [*map(str, ends[1:])] != stops or data_start + ends.pop() != file_size:
         return None
-    names = [*map(sys.intern, names)]  # sources of other files, too, have these names
-    return HeaderColumns(names, dtypes, shapes, [*map(data_start.__add__, ends)], sizes, raw)
+    offsets = [*map(data_start.__add__, ends)]
+    return HeaderColumns(shared_names(tuple(names)), dtypes, shapes, offsets, sizes, raw)
+
+
+@lru_cache(maxsize=256)
+def shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same names, as an earlier model has them: one string serves all of them."""
+    return names
 
 
 def _is_beginning(text: str) -> bool:

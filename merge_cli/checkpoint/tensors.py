@@ -116,7 +116,7 @@ def in_order(tensors: TensorMap, names: Sequence[str]) -> list[Tensor]:
 def shapes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[tuple[int, ...]]:
     """Their shapes, in the order of these names."""
     columns = columns_of(tensors)
-    if columns is not None and columns.names == names:
+    if columns is not None and same_names(tensors, names):
         return [*columns.shapes]
     return [*map(attrgetter("shape"), in_order(tensors, names))]
 
@@ -124,7 +124,7 @@ def shapes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[tuple[int,
 def dtypes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[str]:
     """Their dtypes, in the order of these names."""
     columns = columns_of(tensors)
-    if columns is not None and columns.names == names:
+    if columns is not None and same_names(tensors, names):
         return [*columns.dtypes]
     return [*map(attrgetter("dtype"), in_order(tensors, names))]
 

@@ -192,7 +192,8 @@ def check_model(draft: Draft) -> Draft:
     """
     if draft.recipe.output is not None:
         return draft
-    shapes = dict(map(attrgetter("name", "shape"), draft.tasks))
+    columns = (map(attrgetter(field), draft.tasks) for field in ("name", "shape"))
+    shapes = dict(zip(*columns, strict=True))
     index = draft.config_index
     try:
         notes = check_structure(

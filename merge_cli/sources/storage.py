@@ -22,7 +22,7 @@ from merge_cli.checkpoint.components import (
     part_folders,
     stem_of,
 )
-from merge_cli.checkpoint.header_columns import HeaderColumns
+from merge_cli.checkpoint.header_columns import HeaderColumns, shared_names
 from merge_cli.checkpoint.headers import TensorRef, header_columns, read_header_file
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.checkpoint.stored_tensors import StoredTensors
@@ -282,8 +282,8 @@ def _joined(
     """As `join_shards`, once for models whose headers and index are the same; None on an error."""
     fields = attrgetter("names", "dtypes", "shapes", "offsets", "sizes")
     rows = map(chain.from_iterable, zip(*map(fields, columns), strict=True))
-    names, dtypes, shapes, offsets, sizes = map(list, rows)
-    joined = HeaderColumns(names, dtypes, shapes, offsets, sizes)
+    names, dtypes, shapes, offsets, sizes = map(tuple, rows)
+    joined = HeaderColumns(shared_names(names), dtypes, shapes, offsets, sizes)
     counts = (len(there.names) for there in columns)
     placed = dict(zip(joined.names, chain.from_iterable(map(repeat, shards, counts)), strict=True))
     if len(placed) < len(joined.names):
