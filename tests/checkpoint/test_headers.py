@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merge_cli.checkpoint import headers
 from merge_cli.checkpoint.headers import parse_header, read_header_file
+from merge_cli.checkpoint.tensors import columns_of
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
@@ -129,6 +130,25 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     path.write_text(json.dumps(index))
     with pytest.raises(CorruptFileError, match="missing"):
         open_source(ref, tmp_path)
+
+
+def test_models_of_one_header_share_it(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(4) for name in "abcd"}
+    for label in "xy":
+        write_model(tmp_path / label, tensors, shards=2)
+    write_model(tmp_path / "z", tensors, shards=2)
+    for path in (tmp_path / "z").glob("*.safetensors"):
+        save_file(load_file(path), path, {"format": "pt", "made": "elsewhere"})
+    x, y, z = (open_source(ModelRef(label), tmp_path) for label in "xyz")
+    assert columns_of(x.tensors) is columns_of(y.tensors) is not columns_of(z.tensors)
+    assert [*map(id, x.header_bytes.values())] == [*map(id, y.header_bytes.values())]
+    assert [*map(id, x.tensors)] == [*map(id, z.tensors)]
+    for label, source in zip("xyz", (x, y, z), strict=True):
+        for file, raw in source.header_bytes.items():
+            assert (tmp_path / label / file).read_bytes().startswith(raw)
+        for name, ref in source.tensors.items():
+            [stored] = ref.stored
+            assert (ref.name, ref.model, stored.path.parent) == (name, label, tmp_path / label)
 
 
 def test_duplicate_tensor(tmp_path: Path) -> None:
