@@ -43,7 +43,7 @@ class HeaderColumns:
     @cached_property
     def rows(self) -> dict[str, int]:
         """Name -> index in the columns."""
-        return {name: row for row, name in enumerate(self.names)}
+        return dict(zip(self.names, range(len(self.names)), strict=True))
 
 
 # What stands between two names of a header as safetensors writes it, and behind the last: dtype

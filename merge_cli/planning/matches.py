@@ -79,6 +79,9 @@ class AlikeMatches(Sequence[TensorMatch]):
     def __len__(self) -> int:
         return len(self.names)
 
+    def __iter__(self) -> Iterator[TensorMatch]:
+        return iter(self._matches)
+
     @overload
     def __getitem__(self, index: int) -> TensorMatch: ...
     @overload

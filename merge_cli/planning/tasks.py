@@ -167,7 +167,7 @@ def _tasks_alike(
     resolved_at = {at: resolver.of(first_at[at], at) for at in dict.fromkeys(positions)}
     if any(resolved.copies for resolved in resolved_at.values()):
         return None
-    stored = [*zip(*matches.dtypes, strict=True)]
+    stored = _rows(matches.dtypes)
     rows = zip(
         matches.names,
         matches.shapes,
@@ -190,14 +190,23 @@ def _tasks_alike(
     return [*map(partial(tuple.__new__, TensorTask), rows)], errors
 
 
+def _rows(columns: Sequence[Sequence[str]]) -> Sequence[tuple[str, ...]]:
+    """Columns as rows; one object many times where all rows are the same."""
+    first = tuple(column[0] for column in columns)
+    if all(column.count(text) == len(column) for column, text in zip(columns, first, strict=True)):
+        return [first] * len(columns[0])
+    return [*zip(*columns, strict=True)]
+
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
 def _looked_up(keys: Sequence[Key], value_of: Callable[[Key], Value]) -> Iterator[Value]:
     """The value of each key, of which few differ."""
-    values = {key: value_of(key) for key in {*keys}}
-    return repeat(values[keys[0]]) if len(values) == 1 else map(values.__getitem__, keys)
+    if keys.count(keys[0]) == len(keys):
+        return repeat(value_of(keys[0]))
+    return map({key: value_of(key) for key in {*keys}}.__getitem__, keys)
 
 
 def _stored_as(dtypes: Iterable[str]) -> str:

@@ -159,13 +159,17 @@ class ShardIndex:
     weight_map: Any
 
     @cached_property
-    def by_file(self) -> Sequence[tuple[str, Any]]:
-        """A tensor and its file, for each file once; all tensors where a file is no text."""
+    def files(self) -> Sequence[Any]:
+        """Each file once; every entry where one is no text."""
         files = self.weight_map.values()
-        if {*map(type, files)} != {str}:
-            return tuple(self.weight_map.items())
-        first = dict(zip(reversed(files), reversed(self.weight_map.keys()), strict=True))
-        return [(first[file], file) for file in dict.fromkeys(files)]
+        return [*(dict.fromkeys(files) if {*map(type, files)} == {str} else files)]
+
+    def first_in(self, file: Any) -> str:
+        """The first tensor of a file."""
+        name: str = next(
+            name for name, value in self.weight_map.items() if value is file or value == file
+        )
+        return name
 
 
 def read_index(path: Path, label: str) -> ShardIndex:
@@ -206,22 +210,12 @@ def find_shards(
     if index is not None:
         if not isinstance(index.weight_map, dict) or not index.weight_map:
             raise CorruptFileError("has no weight_map", model=label, file=file)
-        checked: set[str] = set()
-        for tensor, shard in index.by_file:
-            if isinstance(shard, str) and shard in checked:
-                continue
-            path = PurePosixPath(str(shard))
-            if not str(shard).isprintable() or len(str(shard)) > 200:
-                message = f"names a file by what is no name: {str(shard)[:60]!r}"
-                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            if path.is_absolute() or ".." in path.parts or "\\" in str(shard):
-                message = f"names a file outside the model's folder: '{shard}'"
-                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                message = f"names a file that is not safetensors: {shard!r}"
-                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            checked.add(shard)
-        return sorted(checked), index
+        for shard in index.files:
+            problem = _no_shard(shard)
+            if problem:
+                tensor = index.first_in(shard)
+                raise CorruptFileError(problem, model=label, file=file, tensor=tensor)
+        return sorted({*index.files}), index
     shards = sorted(
         name
         for name in names
@@ -246,6 +240,18 @@ def find_shards(
         hint = f"Name the file itself: {label}/{packed}"
         raise SourceError(message, model=label, hint=hint)
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
+
+
+def _no_shard(shard: Any) -> str:
+    """Why an index must not name this as a file; empty where it may."""
+    path = PurePosixPath(str(shard))
+    if not str(shard).isprintable() or len(str(shard)) > 200:
+        return f"names a file by what is no name: {str(shard)[:60]!r}"
+    if path.is_absolute() or ".." in path.parts or "\\" in str(shard):
+        return f"names a file outside the model's folder: '{shard}'"
+    if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+        return f"names a file that is not safetensors: {shard!r}"
+    return ""
 
 
 def join_shards(
@@ -288,6 +294,6 @@ def _joined(
     placed = dict(zip(joined.names, chain.from_iterable(map(repeat, shards, counts)), strict=True))
     if len(placed) < len(joined.names):
         return None
-    if index is not None and not placed.items() >= index.weight_map.items():
-        return None
-    return joined
+    if index is None or placed == index.weight_map or placed.items() >= index.weight_map.items():
+        return joined
+    return None
