@@ -21,6 +21,7 @@ from merge_cli.checkpoint.tensors import (
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors
 from merge_cli.planning.layers import (
+    LayerKey,
     LayerPosition,
     LayerPositions,
     heights,
@@ -164,11 +165,14 @@ def _offered(
         return None
     cut = layer_index.cut(range(low, high), first=output_slice.first, last=output_slice.last)
     shift = output_slice.start - low
+    return {_shifted(name, key, shift): model.view[name] for name, key in cut}
+
+
+def _shifted(name: str, key: LayerKey | None, shift: int) -> str:
+    """A tensor's name some layers further."""
+    shifted = key.name(key.number + shift) if key else name
     # Every source comes to the same new names: one string serves them all.
-    return {
-        sys.intern(key.name(key.number + shift)) if key else name: model.view[name]
-        for name, key in cut
-    }
+    return name if shifted == name else sys.intern(shifted)
 
 
 def _match_alike(

@@ -7,6 +7,7 @@ say by number which layers use a sliding window, have experts or do without posi
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -150,6 +151,9 @@ def _build(config: Mapping[str, object], shapes: Shapes, kinds: bool) -> Skeleto
         while len(_built) > 7:
             del _built[next(iter(_built))]
         _built[key] = build(config, shapes, kinds=kinds)
+        gc.collect(
+            0
+        )  # a model refers to itself, and `make_plan` switches the search for cycles off
     return _built[key]
 
 
