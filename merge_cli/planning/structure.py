@@ -151,9 +151,7 @@ def _build(config: Mapping[str, object], shapes: Shapes, kinds: bool) -> Skeleto
         while len(_built) > 7:
             del _built[next(iter(_built))]
         _built[key] = build(config, shapes, kinds=kinds)
-        gc.collect(
-            0
-        )  # a model refers to itself, and `make_plan` switches the search for cycles off
+        gc.collect(0)  # a model refers to itself, and `make_plan` searches for no cycles
     return _built[key]
 
 
