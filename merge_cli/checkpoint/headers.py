@@ -7,18 +7,25 @@ follow from shape and dtype.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 import sys
-from contextlib import suppress
-from functools import lru_cache, partial
-from itertools import chain, repeat
-from operator import attrgetter, itemgetter, sub
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from merge_cli.checkpoint.dtypes import DTYPES, width_of
+from merge_cli.checkpoint.dtypes import DTYPES
+from merge_cli.checkpoint.header_columns import (
+    MAX_DIMENSIONS,
+    MAX_NUMBER,
+    HeaderColumns,
+    alike,
+    columns_at_once,
+    load_unique,
+)
 from merge_cli.errors import CorruptFileError
 from merge_cli.system.untrusted import CONTROL, Unreadable, open_regular
 
@@ -99,13 +106,36 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
     Raises:
         CorruptFileError: anything that does not hold; names the tensor.
     """
+    columns = header_columns(raw, path, file_size, model)
+    return dict(zip(columns.names, refs_of(columns, repeat(path), model), strict=True))
 
-    columns = _columns(raw, file_size)
-    if columns is None:
-        return _checked_one_by_one(raw, path, file_size, model)
+
+def header_columns(raw: bytes, path: Path, file_size: int, model: str) -> HeaderColumns:
+    """As `parse_header`, without an object for each tensor.
+
+    Fine-tunes have the headers of their base, byte for byte: then these are the same columns.
+
+    Raises:
+        CorruptFileError: as `parse_header`.
+    """
+    columns = columns_at_once(raw, file_size)
+    if columns is not None:
+        return columns
+    refs = _checked_one_by_one(raw, path, file_size, model)
+    fields = [*zip(*refs, strict=True)] or [()] * 6
+    names, _, dtypes, shapes, offsets, sizes, *_ = map(tuple, fields)
+    return HeaderColumns(names, dtypes, shapes, offsets, sizes, raw)
+
+
+def refs_of(columns: HeaderColumns, paths: Iterable[Path], model: str) -> Iterator[TensorRef]:
+    """Every tensor.
+
+    Args:
+        paths: the file of each; there may be more.
+    """
     rows = zip(
         columns.names,
-        repeat(path),
+        paths,
         columns.dtypes,
         columns.shapes,
         columns.offsets,
@@ -113,72 +143,10 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         repeat(model),
         strict=False,  # `repeat` never ends
     )
-    return dict(zip(columns.names, map(partial(tuple.__new__, TensorRef), rows), strict=True))
+    return map(partial(tuple.__new__, TensorRef), rows)
 
 
-class _Columns(NamedTuple):
-    """A header that holds in every point, in the order of the data. See `TensorRef`."""
-
-    names: list[str]
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    offsets: list[int]
-    sizes: tuple[int, ...]
-
-
-@lru_cache(maxsize=256)
-def _columns(raw: bytes, file_size: int) -> _Columns | None:
-    """All entries at once, each check over a whole column; None where one does not hold.
-
-    Fine-tunes have the header of their base, byte for byte: it is parsed once. A column takes a
-    tenth of the time that its entries take one by one, and a large mixture of experts has 100,000.
-    """
-    data_start = 8 + int(struct.unpack("<Q", raw[:8])[0])
-    text = raw[8:data_start]
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", None) or {}
-        values = list(entries.values())
-        # As many keys as colons: no key stands twice. See `_load`.
-        keys = len(entries) + sum(map(len, values))
-        keys += len(metadata) + (b'"__metadata__"' in text)
-        fields = [*zip(*map(itemgetter(*_ENTRY), values), strict=True)] or [(), (), ()]
-        numbers = list(chain.from_iterable(chain.from_iterable(fields[1:])))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    dtypes, shapes, spans = fields
-    if (
-        keys != text.count(b":")
-        or not {dict} >= {type(metadata), *map(type, values)}
-        or not {str} >= {*map(type, metadata.values()), *map(type, dtypes)}
-        or not {list} >= {*map(type, shapes), *map(type, spans)}
-        or not {int} >= {*map(type, numbers)}
-        or not {2} >= {*map(len, spans)}
-        or not DTYPES.keys() >= {*dtypes}
-        or not 0 <= min(numbers, default=0) <= max(numbers, default=0) < _MAX_NUMBER
-        or max(map(len, shapes), default=0) > _MAX_DIMENSIONS
-        or not (all_names := "".join(entries)).isprintable()  # asked first: much faster
-        and CONTROL.search(all_names)
-    ):
-        return None
-    if not spans:
-        return _Columns([], (), (), [], ()) if data_start == file_size else None
-    starts, stops = zip(*spans, strict=True)
-    stored = map(_stored, dtypes, map(tuple, shapes))
-    dtypes, shapes, sizes = zip(*stored, strict=True)
-    follows = starts == (0, *stops[:-1]) and (*map(sub, stops, starts),) == sizes
-    if not follows or data_start + stops[-1] != file_size:
-        return None
-    return _Columns(
-        list(map(sys.intern, entries)),  # sources of other files, too, have these names
-        dtypes,
-        shapes,
-        list(map(data_start.__add__, starts)),
-        sizes,
-    )
-
-
-def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
+def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> list[TensorRef]:
     """What is out of order, or does not hold: then the error names the tensor."""
 
     def corrupt(message: str, tensor: str = "") -> CorruptFileError:
@@ -188,7 +156,7 @@ def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> d
     if len(raw) < 8 + length:
         raise corrupt(f"truncated: a header of {length} bytes, {len(raw) - 8} of them present")
     try:
-        entries = _load(raw[8 : 8 + length])
+        entries = load_unique(raw[8 : 8 + length])
     except (ValueError, RecursionError) as error:
         raise corrupt(f"its header is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
@@ -213,12 +181,10 @@ def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> d
         end = stop
     if end != file_size:
         raise corrupt(f"{file_size - end} bytes at its end belong to no tensor")
-    return {ref.name: ref for ref in refs}
+    return refs
 
 
 _ENTRY = ("dtype", "shape", "data_offsets")
-_MAX_DIMENSIONS = 64  # numpy's limit; torch has the same
-_MAX_NUMBER = 2**63  # of any system that counts bytes
 _AGAIN = "Download or copy the file again."
 
 
@@ -230,15 +196,15 @@ def _entry(
     if dtype is None or not isinstance(listed, list) or not isinstance(offsets, list):
         raise corrupt("its header entry lacks dtype, shape or data_offsets", name)
     shape = tuple(listed)
-    fits = len(offsets) == 2 and len(shape) <= _MAX_DIMENSIONS
-    if not fits or any(type(n) is not int or not 0 <= n < _MAX_NUMBER for n in (*shape, *offsets)):
+    fits = len(offsets) == 2 and len(shape) <= MAX_DIMENSIONS
+    if not fits or any(type(n) is not int or not 0 <= n < MAX_NUMBER for n in (*shape, *offsets)):
         raise corrupt(f"impossible shape {_cut(listed)} or offsets {_cut(offsets)}", name)
     start, stop = offsets
     if stop < start:
         raise corrupt(f"impossible shape {_cut(listed)} or offsets {_cut(offsets)}", name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise corrupt(f"unknown dtype {_cut(dtype)!r}", name)
-    dtype, shape, nbytes = _stored(dtype, shape)
+    dtype, shape, nbytes = alike(dtype, shape)
     if stop - start != nbytes:
         message = f"{stop - start} bytes for {dtype} of shape {listed}"
         raise corrupt(f"{message}: the header contradicts itself", name)
@@ -251,32 +217,3 @@ def _entry(
 def _cut(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-@lru_cache(maxsize=4096)
-def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], int]:
-    """Dtype, shape and bytes: the same objects for the thousands of tensors that are alike."""
-    return dtype, shape, math.prod(shape) * width_of(dtype)
-
-
-def _load(text: bytes) -> Any:
-    """JSON without a key that occurs twice.
-
-    Asking that of each mapping takes longer than all the rest. A colon stands behind every key, so
-    as many keys as colons prove it; colons inside strings lead to the slow way, as errors do.
-    """
-    with suppress(ValueError, RecursionError):
-        entries = json.loads(text)
-        mappings = [entries, *entries.values()] if isinstance(entries, dict) else []
-        keys = sum(len(mapping) for mapping in mappings if isinstance(mapping, dict))
-        if keys == text.count(b":"):
-            return entries
-    return json.loads(text, object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' occurs twice")
-    return result

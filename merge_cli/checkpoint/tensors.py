@@ -17,7 +17,9 @@ from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
+from merge_cli.checkpoint.header_columns import HeaderColumns
 from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.stored_tensors import StoredTensors
 from merge_cli.system.raw_io import FilePool, read_into
 
 # read(ref, start, buffer): what is stored from element `start` on, as much as fits the buffer.
@@ -92,8 +94,18 @@ TensorMap = Mapping[str, Tensor]  # a model's tensors by name
 
 def has_names(tensors: TensorMap, names: Collection[str]) -> bool:
     """Whether a model has all of these tensors."""
-    # As a rule the same ones in the same order, which needs no look-ups.
-    return [*tensors] == [*names] or all(map(tensors.__contains__, names))
+    return same_names(tensors, names) or all(map(tensors.__contains__, names))
+
+
+def same_names(tensors: Collection[str], others: Collection[str]) -> bool:
+    """Whether two models have the same tensors in the same order, as a rule they do."""
+    columns = columns_of(tensors)
+    return (columns is not None and columns is columns_of(others)) or [*tensors] == [*others]
+
+
+def columns_of(tensors: Collection[str]) -> HeaderColumns | None:
+    """What is known of a model's tensors without an object for each."""
+    return tensors.columns if isinstance(tensors, StoredTensors) else None
 
 
 def in_order(tensors: TensorMap, names: Sequence[str]) -> list[Tensor]:
@@ -101,11 +113,27 @@ def in_order(tensors: TensorMap, names: Sequence[str]) -> list[Tensor]:
     return [*(tensors.values() if [*tensors] == names else map(tensors.__getitem__, names))]
 
 
-def default_dtypes(tensors: Collection[Tensor]) -> list[str]:
-    """The dtype of each where the recipe names none."""
-    # What is stored has its own: no call for each of 100,000.
-    stored = {*map(type, tensors)} == {TensorRef}
-    return [*map(attrgetter("dtype" if stored else "default_dtype"), tensors)]
+def shapes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[tuple[int, ...]]:
+    """Their shapes, in the order of these names."""
+    columns = columns_of(tensors)
+    if columns is not None and same_names(tensors, names):
+        return [*columns.shapes]
+    return [*map(attrgetter("shape"), in_order(tensors, names))]
+
+
+def dtypes_in_order(tensors: TensorMap, names: Sequence[str]) -> list[str]:
+    """Their dtypes, in the order of these names."""
+    columns = columns_of(tensors)
+    if columns is not None and same_names(tensors, names):
+        return [*columns.dtypes]
+    return [*map(attrgetter("dtype"), in_order(tensors, names))]
+
+
+def default_dtypes(tensors: TensorMap, names: Sequence[str]) -> list[str]:
+    """Their dtypes where the recipe names none, in the order of these names."""
+    if columns_of(tensors) is not None:  # what is stored has its own
+        return dtypes_in_order(tensors, names)
+    return [tensor.default_dtype for tensor in in_order(tensors, names)]
 
 
 # What input embeddings end with, by architecture.

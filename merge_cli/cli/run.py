@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -230,6 +231,7 @@ def run(
                 cluster.enter_context(on_cluster(options))
         with screen.doing(_PLANNING):
             plan = plan_recipe(loaded, shard_size=shard_bytes)
+            gc.freeze()  # a million objects that stay to the end: no search for cycles in them
             notes = check.check(plan) if check is not None else ()
         screen.notes(notes)
         if dry_run or out is None:
@@ -293,6 +295,7 @@ def plan(
     with screen.doing(_PLANNING):
         check = quality_check(loaded, None, (), ()) if loaded.output is None else None
         decided = plan_recipe(loaded, shard_size=shard_bytes)
+        gc.freeze()  # as in `run`
         notes = check.check(decided) if check is not None else ()
     screen.notes(notes)
     screen.plan(decided, options, every=every, as_json=as_json)

@@ -56,7 +56,8 @@ class Settings:
     """
 
     def __init__(self, tasks: Sequence[TensorTask]) -> None:
-        distinct = {id(task.parameters): task.parameters for task in tasks}
+        every = [*map(attrgetter("parameters"), tasks)]
+        distinct = dict(zip(map(id, every), every, strict=True))
         words = {key: _in_words(parameters) for key, parameters in distinct.items()}
         merged = [words[key] for key, parameters in distinct.items() if parameters]
         first = merged[0] if merged else {}
@@ -86,10 +87,11 @@ class Settings:
 
     def particulars(self, tasks: Sequence[TensorTask]) -> str:
         """Parameters that only these tensors have; with counts where they differ."""
-        texts = Counter(
-            "; ".join(filter(None, (self._particular[id(task.parameters)], task.note)))
-            for task in tasks
-        )
+        parameters = map(id, map(attrgetter("parameters"), tasks))
+        notes = map(attrgetter("note"), tasks)
+        texts: Counter[str] = Counter()
+        for (key, note), count in Counter(zip(parameters, notes, strict=True)).items():
+            texts["; ".join(filter(None, (self._particular[key], note)))] += count
         if len(texts) == 1:
             return next(iter(texts))
         return "\n".join(f"{count}× {text or 'nothing else'}" for text, count in texts.items())
@@ -100,18 +102,21 @@ class Settings:
         if first.group == first.name:
             return first.name
         stack = first.group.rpartition(".")[0]
-        exact = self._exact
-        return stack, [(t.shape, t.dtype, t.action, t.note, exact[id(t.parameters)]) for t in layer]
+        parameters = map(id, map(attrgetter("parameters"), layer))
+        treatment = attrgetter("shape", "dtype", "action", "note")
+        return stack, [*map(treatment, layer)], [*map(self._exact.__getitem__, parameters)]
 
 
 def plan_row(label: str, tasks: Sequence[TensorTask], settings: Settings) -> tuple[str, ...]:
     """The cells of a row, as text."""
+    from merge_cli.planning.totals import element_count
+
     return (
         label,
         str(len(tasks)),
-        f"{sum(task.size for task in tasks):,}",
-        ", ".join(dict.fromkeys(task.dtype for task in tasks)),
-        ", ".join(dict.fromkeys(task.action for task in tasks)),
+        f"{element_count(tasks):,}",
+        ", ".join(dict.fromkeys(map(attrgetter("dtype"), tasks))),
+        ", ".join(dict.fromkeys(map(attrgetter("action"), tasks))),
         settings.particulars(tasks),
     )
 

@@ -154,10 +154,8 @@ def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
 
     if not plan.method.supports_numpy:
         return "torch", f"{plan.method.name} works on tensors"
-    merged = [task for task in plan.tasks if not task.moved]
-    formats = {ref.dtype for task in merged for ref in task.inputs}
-    formats |= {task.dtype for task in merged if task.encoding is None}  # codes have their loops
-    if formats - COMPILED:
-        return "torch", f"{', '.join(sorted(formats - COMPILED))} among the tensors"
+    others = plan.computed_dtypes - COMPILED
+    if others:
+        return "torch", f"{', '.join(sorted(others))} among the tensors"
     missing = compiled.available()
     return ("torch", missing) if missing else ("compiled", "")

@@ -10,15 +10,16 @@ import ctypes
 import resource
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
-from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.device import Device, choose_arithmetic, free_memory
 from merge_cli.errors import UsageError
 from merge_cli.formats.packed import PACKED, STRIP_BYTES
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan, TensorTask
+from merge_cli.planning.totals import largest
 from merge_cli.system.machine import usable_cores
 
 # From here on every merge is accepted; below, one that fits: some hold more than they should.
@@ -74,7 +75,7 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
         UsageError: less memory than a merge can work in.
     """
     _refuse_too_little(plan, device, options)
-    inputs = max((len(task.inputs) for task in plan.tasks), default=1)
+    inputs = plan.most_inputs
     # What a container or a batch system leaves us counts, too, with what we hold already.
     allowed = min(options.max_memory, peak_rss() + free_memory("cpu", ()))
     free = max(0, allowed - _fixed(plan, device))
@@ -124,7 +125,7 @@ def _refuse_too_little(plan: Plan, device: Device, options: MergeOptions) -> Non
     Raises:
         UsageError: says how much that is.
     """
-    inputs = max((len(task.inputs) for task in plan.tasks), default=1)
+    inputs = plan.most_inputs
     least = _fixed(plan, device)
     least += _host_bytes(plan, inputs, BLOCK_MULTIPLE) if device.kind == "cpu" else _ALWAYS_ENOUGH
     if options.max_memory < min(least, _ALWAYS_ENOUGH):
@@ -142,11 +143,11 @@ def _search_bytes(plan: Plan, kind: str) -> int:
     if not method.ranks_magnitudes:
         return 0
     merged = [task for task in plan.tasks if task.action == "merge"]
-    ranked = plan.parameter_count if method.model_pass else max((t.size for t in merged), default=0)
+    ranked = plan.parameter_count if method.model_pass else largest(merged)
     if ranked <= _UNSAMPLED:
         return 0
     share = min(ranked / _SAMPLE_SHARE / _LARGEST_SAMPLE, 1.0)
-    operands = max(len(task.operands) for task in merged)
+    operands = max(map(len, map(attrgetter("operands"), merged)))
     return operands * max(_HISTOGRAM, int(share * _SEARCH[kind]))
 
 
@@ -224,13 +225,7 @@ def _held(task: TensorTask) -> int:
 
 def _reads_packed(plan: Plan) -> bool:
     """Whether any input is computed from codes of few bits."""
-    return any(
-        ref.dtype in PACKED
-        for task in plan.tasks
-        for tensor in task.inputs
-        if not isinstance(tensor, TensorRef)
-        for ref in tensor.stored
-    )
+    return any(ref.dtype in PACKED for tensor in plan.input_totals.derived for ref in tensor.stored)
 
 
 def _fixed(plan: Plan, device: Device) -> int:
@@ -245,7 +240,7 @@ def _fixed(plan: Plan, device: Device) -> int:
 
 def _computes(plan: Plan) -> bool:
     """Whether anything is computed; plain copies are made inside the system's kernel."""
-    return any(not task.moved for task in plan.tasks)
+    return bool(plan.computed)
 
 
 def peak_rss() -> int:

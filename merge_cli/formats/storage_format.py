@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tensors import Tensor, columns_of
 from merge_cli.formats.encoding import Encoding
 
 QUANTIZATION = "quantization_config"  # the key of config.json that says how weights are quantised
@@ -53,7 +53,8 @@ def quant_method(config: Mapping[str, Any]) -> str:
 
 def dtypes_of(tensors: Mapping[str, TensorRef]) -> set[str]:
     """The dtypes that a model's files hold."""
-    return {*map(attrgetter("dtype"), tensors.values())}
+    columns = columns_of(tensors)
+    return {*(columns.dtypes if columns else map(attrgetter("dtype"), tensors.values()))}
 
 
 def unquantised(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -259,13 +259,13 @@ def left_out_tasks(
 
 def described(plan: Plan) -> Plan:
     """A plan whose config says what is written in codes, if something is."""
-    by_encoding: dict[Encoding, list[str]] = {}
-    for task in plan.tasks:
-        if task.encoding is not None and not isinstance(task.encoding, Verbatim):
-            by_encoding.setdefault(task.encoding, []).append(task.name.removesuffix(".weight"))
     coded = [task for task in plan.tasks if task.encoding is not None]
     if not coded or not plan.config:
         return plan
+    by_encoding: dict[Encoding, list[str]] = {}
+    for task in coded:
+        if task.encoding is not None and not isinstance(task.encoding, Verbatim):
+            by_encoding.setdefault(task.encoding, []).append(task.name.removesuffix(".weight"))
     notes = list(_notes(coded, max(1, plan.parameter_count)))
     if plan.recipe.out_dtype == SAME:
         config = quantised_as(plan.config, plan.sources[plan.config_index].quantization)

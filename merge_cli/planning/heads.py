@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 
-from merge_cli.checkpoint.tensors import EMBEDDINGS, TensorMap, has_names
+from merge_cli.checkpoint.tensors import EMBEDDINGS, TensorMap, has_names, same_names
 from merge_cli.errors import Problem
 from merge_cli.lora.heads import first_task_head
 from merge_cli.planning.equal_tensors import Copies
@@ -134,10 +134,10 @@ def head_problems(sources: Sequence[Source]) -> list[Problem]:
 
 def _heads(sources: Sequence[Source]) -> list[str]:
     """The first tensor of each source's head for classes; empty for a model without one."""
-    names = [*sources[0].tensors]
+    names = sources[0].tensors
     first = first_task_head(names)
     # As a rule all have the same names: they are looked through once.
-    return [first if [*s.tensors] == names else first_task_head(s.tensors) for s in sources]
+    return [first if same_names(s.tensors, names) else first_task_head(s.tensors) for s in sources]
 
 
 def _is_language_model(source: Source) -> bool:

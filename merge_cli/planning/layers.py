@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 from merge_cli.checkpoint.config import layer_count, predicting_layers
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
-_LAYERS = re.compile(rf"{_LAYER.pattern}|^.*$", re.MULTILINE)  # of names in lines
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
 _AFTER = re.compile(
     r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
@@ -49,29 +48,39 @@ class LayerKey(NamedTuple):
 def layer_key_of(name: str) -> LayerKey | None:
     """The layer that a tensor belongs to, or None."""
     match = _LAYER.match(name)
-    return _as_key(match.groups("")) if match else None
-
-
-def _as_key(parts: tuple[str, ...]) -> LayerKey | None:
-    """A key from what the expression finds: nothing but empty texts where there is no layer."""
-    stack, index, rest = parts
-    return LayerKey(stack, int(index), rest) if index else None
+    return LayerKey(match["stack"] or "", int(match["index"]), match["rest"]) if match else None
 
 
 class LayerKeys(dict[str, LayerKey | None]):
     """`layer_key_of` for the names of several models, which share most of them: found once."""
 
-    def of(self, names: Sequence[str]) -> list[LayerKey | None]:
-        """That of each, new ones all at once: half the time, for 100,000."""
-        new = [name for name in names if name not in self]
-        parts = _LAYERS.findall("\n".join(new))
-        if len(parts) == len(new):  # else a name has several lines
-            self.update(zip(new, map(_as_key, parts), strict=True))
-        return [self[name] for name in names]
-
     def __missing__(self, name: str) -> LayerKey | None:
         key = self[name] = layer_key_of(name)
         return key
+
+
+class Layer(NamedTuple):
+    """A layer of a stack, by its number."""
+
+    stack: str
+    number: int
+
+
+def layers_of(names: Sequence[str]) -> list[Layer | None]:
+    """The layer of each name, as in `layer_key_of`; one object for names in a row."""
+    result: list[Layer | None] = []
+    # A name that goes on from another's `model.layers.7.` is in its layer: most need no expression.
+    beginning, layer = "", None
+    has_lines = "\n" in "".join(names)  # there the expression ends
+    for name in names:
+        if not beginning or not name.startswith(beginning) or name == beginning:
+            match = _LAYER.match(name)
+            layer = Layer(match["stack"] or "", int(match["index"])) if match else None
+            # `1.w` goes on as `1.2.w`, which is in a layer of the stack `1`.
+            is_clear = match and match["stack"] is not None and not has_lines
+            beginning = name[: match.start("rest")] if match and is_clear else ""
+        result.append(layer)
+    return result
 
 
 def layer_stacks(names: Iterable[str], layer_keys: LayerKeys | None = None) -> dict[str, int]:
@@ -80,10 +89,10 @@ def layer_stacks(names: Iterable[str], layer_keys: LayerKeys | None = None) -> d
     return heights(keys[name] for name in names)
 
 
-def heights(layer_keys: Iterable[LayerKey | None]) -> dict[str, int]:
+def heights(layers: Iterable[LayerKey | Layer | None]) -> dict[str, int]:
     """Every stack among these places and its number of layers."""
     result: dict[str, int] = {}
-    for stack, index in dict.fromkeys(map(itemgetter(0, 1), filter(None, layer_keys))):
+    for stack, index in dict.fromkeys(map(itemgetter(0, 1), filter(None, layers))):
         result[stack] = max(index + 1, result.get(stack, 0))
     return result
 
@@ -201,16 +210,16 @@ class LayerPositions:
 
     def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:
         self._heights, self._stack, self._start = heights, stack, start
-        self._positions: dict[tuple[str, int], LayerPosition] = {}
 
-    def of(self, key: LayerKey) -> LayerPosition:
-        layer = key.stack, key.number
-        position = self._positions.get(layer)
-        if position is None:
-            position = self._positions[layer] = self._find(key)
-        return position
+    def of(self, names: Sequence[str], layers: Sequence[Layer | None]) -> list[LayerPosition]:
+        """The position of each name, given its layer."""
+        positions = {layer: self._find(layer) for layer in {*layers} if layer is not None}
+        return [
+            LayerPosition(name) if layer is None else positions[layer]
+            for name, layer in zip(names, layers, strict=True)
+        ]
 
-    def _find(self, key: LayerKey) -> LayerPosition:
+    def _find(self, key: Layer) -> LayerPosition:
         sliced = key.stack == self._stack
         first = self._start if sliced else 0
         last = self._heights[key.stack] - first - 1

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import chain, repeat
-from operator import attrgetter, methodcaller
 
 from merge_cli.checkpoint.dtypes import MERGEABLE
-from merge_cli.checkpoint.tensors import Tensor, TensorMap, has_names, in_order
+from merge_cli.checkpoint.tensors import (
+    Tensor,
+    TensorMap,
+    default_dtypes,
+    dtypes_in_order,
+    has_names,
+    in_order,
+    shapes_in_order,
+)
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors
 from merge_cli.planning.equal_tensors import integers_of
 from merge_cli.planning.layers import (
-    LayerKeys,
+    LayerKey,
     LayerPosition,
     LayerPositions,
     heights,
     known_modules,
+    layers_of,
     model_heights,
 )
-from merge_cli.planning.matches import Model, TensorMatch, TensorMatches
+from merge_cli.planning.matches import AlikeMatches, Model, TensorMatch, TensorMatches
 from merge_cli.planning.output_slices import OutputSlice, SliceOperand
 from merge_cli.recipe.fields import nearest
 from merge_cli.sources.source import Source
@@ -53,10 +59,11 @@ def match_pieces(
     matches.problems += _module_problems(slices, models, parts)
     for output_slice in slices:
         if output_slice.left_over:
-            matches.matches += _left_over(output_slice, parts[output_slice.reference.source][""])
+            left_over = _left_over(output_slice, parts[output_slice.reference.source][""])
+            matches.by_slice.append((output_slice, [*left_over]))
             continue
         of_module = [part[output_slice.module] for part in parts] if output_slice.module else models
-        _match_slice(output_slice, of_module, layer_keys, absent, matches)
+        _match_slice(output_slice, of_module, absent, matches)
     return matches
 
 
@@ -103,7 +110,6 @@ def _left_over(output_slice: OutputSlice, model: Model) -> Iterator[TensorMatch]
 def _match_slice(
     output_slice: OutputSlice,
     models: Sequence[Model],
-    layer_keys: LayerKeys,
     absent: AbsentTensors,
     into: TensorMatches,
 ) -> None:
@@ -117,17 +123,14 @@ def _match_slice(
     sliced = output_slice.reference.layers is not None
     stack = models[output_slice.reference.source].layer_index.main if sliced else None
     names = list(candidates[0])
-    keys = layer_keys.of(names)
-    layers = heights(keys)
+    layers = layers_of(names)
+    layer_counts = heights(layers)
     if not sliced:
-        layers = model_heights(layers, models[output_slice.reference.source].source.config)
-    positions = LayerPositions(layers, stack, output_slice.start)
-    layer_positions = [
-        positions.of(key) if key else LayerPosition(name)
-        for name, key in zip(names, keys, strict=True)
-    ]
+        config = models[output_slice.reference.source].source.config
+        layer_counts = model_heights(layer_counts, config)
+    layer_positions = LayerPositions(layer_counts, stack, output_slice.start).of(names, layers)
     alike = _match_alike(output_slice, names, layer_positions, candidates)
-    into.matches += alike
+    matches: list[TensorMatch] = []
     for name, position in zip(names, layer_positions, strict=True) if not alike else ():
         if name.endswith(_LEFT_OUT):
             into.note("left out", BUFFER, name)
@@ -135,7 +138,10 @@ def _match_slice(
         refs = [tensors.get(name) for tensors in candidates]
         if None in refs and not _is_copied(output_slice, name, refs, labels, absent, into):
             continue
-        _match_tensor(output_slice, name, position, refs, labels, into)
+        match = _match_tensor(output_slice, name, position, refs, labels, into)
+        if match is not None:
+            matches.append(match)
+    into.by_slice.append((output_slice, alike or matches))
     _report_extra(output_slice, labels, candidates, absent, into)
 
 
@@ -160,11 +166,14 @@ def _offered(
         return None
     cut = layer_index.cut(range(low, high), first=output_slice.first, last=output_slice.last)
     shift = output_slice.start - low
+    return {_shifted(name, key, shift): model.view[name] for name, key in cut}
+
+
+def _shifted(name: str, key: LayerKey | None, shift: int) -> str:
+    """A tensor's name some layers further."""
+    shifted = key.name(key.number + shift) if key else name
     # Every source comes to the same new names: one string serves them all.
-    return {
-        sys.intern(key.name(key.number + shift)) if key else name: model.view[name]
-        for name, key in cut
-    }
+    return name if shifted == name else sys.intern(shifted)
 
 
 def _match_alike(
@@ -172,24 +181,26 @@ def _match_alike(
     names: Sequence[str],
     positions: Sequence[LayerPosition],
     candidates: Sequence[TensorMap],
-) -> list[TensorMatch]:
-    """All tensors at once where every source has all of them in one shape; else none.
+) -> AlikeMatches | None:
+    """All tensors at once where every source has all of them in one shape; else None.
 
     As a rule sources are alike. Whole columns are compared in a fraction of the time that
     `_match_tensor` takes for a tensor, and a mixture of experts has 100,000.
     """
-    if not all(has_names(tensors, names) for tensors in candidates):
-        return []
+    if not names or not all(has_names(tensors, names) for tensors in candidates):
+        return None
+    text = "\n".join([*names, ""])
+    if any(f"{end}\n" in text for end in _LEFT_OUT):
+        return None
+    shapes, *others = (shapes_in_order(tensors, names) for tensors in candidates)
+    dtypes = {dtype for tensors in candidates for dtype in {*dtypes_in_order(tensors, names)}}
+    if not dtypes <= _MERGEABLE or any(other != shapes for other in others):
+        return None
     columns = [in_order(tensors, names) for tensors in candidates]
-    first, *others = ([*map(attrgetter("shape"), column)] for column in columns)
-    dtypes = {*map(attrgetter("dtype"), chain.from_iterable(columns))}
-    left_out = any(map(methodcaller("endswith", _LEFT_OUT), names))
-    if left_out or not dtypes <= _MERGEABLE or any(shapes != first for shapes in others):
-        return []
-    bases = columns.pop(0) if output_slice.base else repeat(None)
-    operands, source = zip(*columns, strict=True), output_slice.operands[0].source
-    rows = zip(names, repeat(output_slice), positions, operands, bases, repeat(source), repeat(""))
-    return [*map(partial(tuple.__new__, TensorMatch), rows)]
+    outputs = [default_dtypes(tensors, names) for tensors in candidates]
+    base = columns.pop(0) if output_slice.base else None
+    source = output_slice.operands[0].source
+    return AlikeMatches(output_slice, names, positions, shapes, columns, base, outputs, source)
 
 
 def _match_tensor(
@@ -199,34 +210,35 @@ def _match_tensor(
     refs: Sequence[Tensor | None],
     labels: Sequence[str],
     into: TensorMatches,
-) -> None:
-    """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
+) -> TensorMatch | None:
+    """One output tensor; None, and a problem, where there is none.
+
+    Args:
+        refs, labels: of the slice's members, in their order.
+    """
     present = [ref for ref in refs if ref is not None]
     shape, why = present[0].shape, ""
     if len(present) < len(refs):
         why = f"not every source has it: copied from {labels[0]}"
     elif any([ref.shape != shape for ref in present]):
         into.problems.append(_shapes_differ(name, present, labels))
-        return
+        return None
     elif any([ref.dtype not in _MERGEABLE for ref in present]):
         for label, ref in zip(labels, present, strict=True):
             if ref.dtype.startswith("F8"):
                 message = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
                 into.problems.append(Problem(message, name, hint="Convert the model to bfloat16."))
-                return
+                return None
         why = f"{present[0].dtype} is not merged: copied"
         into.integers += integers_of(present)
     if why:
         reference = (
             output_slice.reference.source
         )  # has it: its names are the ones that are looked for
-        into.matches.append(
-            TensorMatch(name, output_slice, position, (present[0],), None, reference, why)
-        )
-        return
+        return TensorMatch(name, output_slice, position, (present[0],), None, reference, why)
     base = present.pop(0) if output_slice.base else None
     source = output_slice.operands[0].source
-    into.matches.append(TensorMatch(name, output_slice, position, tuple(present), base, source))
+    return TensorMatch(name, output_slice, position, tuple(present), base, source)
 
 
 def _is_copied(
@@ -287,6 +299,8 @@ def _report_extra(
     reference, sliced = candidates[0], output_slice.reference.layers is not None
     seen: set[tuple[str, str]] = set()
     for member, label, tensors in zip(output_slice.members, labels, candidates, strict=True):
+        if len(tensors) == len(reference) and has_names(reference, tensors):
+            continue
         for name in tensors:
             if name in reference or (label, name) in seen:
                 continue

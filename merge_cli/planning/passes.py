@@ -192,7 +192,8 @@ def check_model(draft: Draft) -> Draft:
     """
     if draft.recipe.output is not None:
         return draft
-    shapes = dict(map(attrgetter("name", "shape"), draft.tasks))
+    columns = (map(attrgetter(field), draft.tasks) for field in ("name", "shape"))
+    shapes = dict(zip(*columns, strict=True))
     index = draft.config_index
     try:
         notes = check_structure(
@@ -211,18 +212,16 @@ def check_model(draft: Draft) -> Draft:
 
 def note_leftovers(draft: Draft) -> Draft:
     """Code that is not run, filters that match nothing, layers that gradients do not reach."""
-    source, matches = draft.sources[draft.config_index], draft.matches.matches
-    names = chain((task.name for task in draft.tasks), sliced_names(matches))
-    beyond = dict.fromkeys(
-        match.layer_position.group
-        for match in matches
-        if match.layer_position.beyond and not match.copied
-    )
+    source, matches = draft.sources[draft.config_index], draft.matches
+    sliced = matches.in_layers(lambda position: position.layer is not None)
+    beyond = matches.in_layers(attrgetter("beyond"))
+    names = chain((task.name for task in draft.tasks), sliced_names(sliced))
+    groups = dict.fromkeys(match.layer_position.group for match in beyond if not match.copied)
     return draft.noting(
         [
             *named_code(source.root, source.label, files_of(source)),
             *unused_filters(draft.recipe, names),
-            *beyond_note(draft.recipe, list(beyond)),
+            *beyond_note(draft.recipe, list(groups)),
         ]
     )
 

@@ -25,6 +25,7 @@ from merge_cli.formats.encoding import Encoding, Verbatim
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.methods.registry import Method
+from merge_cli.planning import totals
 from merge_cli.planning.equal_tensors import Copies, Integers
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.matches import TensorMatch
@@ -182,7 +183,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(task.bytes_read for task in self.tasks)
+        return self.input_totals.nbytes
 
     @property
     def bytes_written(self) -> int:
@@ -216,14 +217,35 @@ class Plan:
         return (ref for task in self.tasks for tensor in task.inputs for ref in tensor.stored)
 
     @cached_property
+    def input_totals(self) -> totals.InputTotals:
+        """What is read."""
+        return totals.input_totals(self.tasks)
+
+    @cached_property
     def _files_read(self) -> frozenset[Path]:
+        """What tasks read, and what is compared before."""
         compared = (tensor for pair in self.compared for tensor in (pair.first, pair.second))
         files = {ref.path for tensor in compared for ref in tensor.stored}
-        return frozenset(files.union(ref.path for ref in self.stored_inputs))
+        return self.input_totals.files | files
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
-        return sum(task.size for task in self.tasks)
+        return totals.element_count(self.tasks)
+
+    @cached_property
+    def computed(self) -> Sequence[TensorTask]:
+        """The tasks whose bytes are not an operand's."""
+        return totals.computed_of(self.tasks)
+
+    @cached_property
+    def computed_dtypes(self) -> frozenset[str]:
+        """What they read, and what they write."""
+        return totals.dtypes_of(self.computed)
+
+    @cached_property
+    def most_inputs(self) -> int:
+        """How many tensors are read for one, at most."""
+        return totals.most_inputs(self.tasks)
 
 
 def merged_dtype(dtypes: Iterable[str]) -> str:
@@ -234,8 +256,10 @@ def merged_dtype(dtypes: Iterable[str]) -> str:
 
 def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]:
     """A line where sources of several dtypes make one that some of them do not have."""
+    if recipe.output_dtype is not None:
+        return
     mixed = [task for task in tasks if task.note.startswith("stored as ")]
-    if mixed and recipe.output_dtype is None:
+    if mixed:
         widest = promoted({task.dtype for task in mixed if task.dtype in MERGEABLE} or {"F32"})
         yield (
             f"sources differ in dtype in {len(mixed)} tensors, written in the wider one "

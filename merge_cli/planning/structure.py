@@ -7,6 +7,7 @@ say by number which layers use a sliding window, have experts or do without posi
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,9 +112,10 @@ def _unchanged(
         before = read_mapping(config_source.root / "config.json", config_source.label)
     if _plain(before) != _plain(config):
         return False
-    there: Shapes = dict(
-        zip(source_tensors, map(attrgetter("shape"), source_tensors.values()), strict=True)
-    )
+    stored = [*map(attrgetter("shape"), source_tensors.values())]
+    if len(shapes) == len(stored) and [*map(shapes.get, source_tensors)] == stored:
+        return True
+    there: Shapes = dict(zip(source_tensors, stored, strict=True))
     there = _model_shapes(there, config_source)
     return there == shapes or _without_buffers(there) == _without_buffers(shapes)
 
@@ -149,6 +151,7 @@ def _build(config: Mapping[str, object], shapes: Shapes, kinds: bool) -> Skeleto
         while len(_built) > 7:
             del _built[next(iter(_built))]
         _built[key] = build(config, shapes, kinds=kinds)
+        gc.collect(0)  # a model refers to itself, and `make_plan` searches for no cycles
     return _built[key]
 
 

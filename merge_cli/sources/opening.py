@@ -61,6 +61,7 @@ from merge_cli.sources.storage import (
     ModelStorage,
     StoredElsewhere,
     read_headers,
+    read_index,
 )
 from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
 from merge_cli.system.untrusted_yaml import read_front
@@ -284,7 +285,7 @@ def _open_repository(repository: Repository, name: str, label: str) -> Source:
     if CONFIG in files and "/" not in name and not name.endswith(GGUF):
         storage = StoredElsewhere(repository)  # fetches config and tokenizer
         top_level = {file for file in files if "/" not in file}
-        index = read_mapping(storage.root / INDEX, label) if INDEX in files else None
+        index = read_index(storage.root / INDEX, label) if INDEX in files else None
         if is_all_weights(name, top_level, index, label):
             return _with_repository(_opened(storage, label), repository)
     model = open_stored_file(repository, name, label)

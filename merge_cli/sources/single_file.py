@@ -23,7 +23,7 @@ from merge_cli.formats.pickled import PICKLES, open_pickle
 from merge_cli.sources.gguf import SUFFIX as GGUF
 from merge_cli.sources.gguf import lay_out_gguf
 from merge_cli.sources.linked import FileModel, link_folder, linked_folder
-from merge_cli.sources.storage import INDEX, LocalFolder, find_shards
+from merge_cli.sources.storage import INDEX, LocalFolder, ShardIndex, find_shards, read_index
 from merge_cli.system.untrusted import Unreadable, open_regular, read_mapping
 
 CONFIG = "config.json"
@@ -123,7 +123,7 @@ def _opened(file: BinaryIO, size: int, opened: _File) -> FileModel:
     return FileModel(opened.root, opened.name, decoded, raw, (*notes, *decoded.notes))
 
 
-def is_all_weights(name: str, names: set[str], index: Any, label: str) -> bool:
+def is_all_weights(name: str, names: set[str], index: ShardIndex | None, label: str) -> bool:
     """Whether a file is all the weights of the model in its folder: then the folder is meant.
 
     Args:
@@ -136,8 +136,8 @@ def is_all_weights(name: str, names: set[str], index: Any, label: str) -> bool:
     is_pipeline = PIPELINE in names or "modules.json" in names
     if not name.endswith(SAFETENSORS) or CONFIG not in names or is_pipeline:
         return False
-    shards, weight_map = find_shards(names, index, label)
-    if weight_map is not None and name in shards and len(shards) > 1:
+    shards, index = find_shards(names, index, label)
+    if index is not None and name in shards and len(shards) > 1:
         message = f"one of {len(shards)} files that the index of its folder names"
         raise SourceError(message, model=label, file=name, hint="Name the folder.")
     return shards == [name]
@@ -148,5 +148,5 @@ def is_whole_folder(path: Path, label: str) -> bool:
     if path.suffix != SAFETENSORS or not (path.parent / CONFIG).is_file():
         return False
     names = set(LocalFolder(path.parent).names)
-    index = read_mapping(path.parent / INDEX, label) if INDEX in names else None
+    index = read_index(path.parent / INDEX, label) if INDEX in names else None
     return is_all_weights(path.name, names, index, label)

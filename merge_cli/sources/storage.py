@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from operator import contains
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain, repeat
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -19,11 +22,13 @@ from merge_cli.checkpoint.components import (
     part_folders,
     stem_of,
 )
-from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.header_columns import HeaderColumns, shared_names
+from merge_cli.checkpoint.headers import TensorRef, header_columns, read_header_file
 from merge_cli.checkpoint.repository import Repository
+from merge_cli.checkpoint.stored_tensors import StoredTensors
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.pickled import PICKLES
-from merge_cli.system.untrusted import parse_shared, read_mapping
+from merge_cli.system.untrusted import Unreadable, kind_of, parse_json, read_json
 
 
 class ModelStorage(Protocol):
@@ -112,31 +117,77 @@ def read_headers(
     """
     tensors: dict[str, TensorRef] = {}
     headers: dict[str, bytes] = {}
-    for part in part_folders(storage.names, storage.modules):
+    parts = part_folders(storage.names, storage.modules)
+    for part in parts:
         if "/" in part:
             message = f"{MODULES} names a folder within a folder, whose weights are not merged"
             raise SourceError(message, model=label, file=part)
         names = names_in(part, storage.names)
-        index = index_of(stem_of(names))
-        listed = None
-        if index in names:  # fine-tunes have that of their base
-            listed = read_mapping(storage.root / part / index, label, parse=parse_shared)
-        shards, weight_map = find_shards(names, listed, label)
-        tensors_by_shard: dict[str, dict[str, TensorRef]] = {}
+        index_file = index_of(stem_of(names))
+        index = read_index(storage.root / part / index_file, label) if index_file in names else None
+        shards, index = find_shards(names, index, label)
+        columns: list[HeaderColumns] = []
         for shard in shards:
             if not storage.has(inside(part, shard)):
                 message = "the index names this file, but it is missing"
                 hint = "Download or copy it again."
                 raise CorruptFileError(message, model=label, file=inside(part, shard), hint=hint)
             raw, size = storage.header(inside(part, shard), label)
-            headers[inside(part, shard)] = raw
-            tensors_by_shard[shard] = parse_header(raw, storage.root / part / shard, size, label)
-        joined = join_shards(tensors_by_shard, weight_map, label)
-        if not part:
-            tensors |= joined
-        for name, ref in joined.items() if part else ():
+            columns.append(header_columns(raw, storage.root / part / shard, size, label))
+            headers[inside(part, shard)] = columns[-1].raw
+        joined = join_shards(shards, columns, index, label)
+        paths = (
+            repeat(storage.root / part / shard, len(there.names))
+            for shard, there in zip(shards, columns, strict=True)
+        )
+        stored = StoredTensors(joined, chain.from_iterable(paths), label)
+        if parts == [""]:
+            return stored, headers
+        for name, ref in stored.items():
             tensors[inside(part, name)] = ref._replace(name=inside(part, name))
     return tensors, headers
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What an index says. Fine-tunes share the one of their base, byte for byte: it is one object.
+
+    Attributes:
+        weight_map: tensor name -> file, not checked yet.
+    """
+
+    weight_map: Any
+
+    @cached_property
+    def files(self) -> Sequence[Any]:
+        """Each file once; every entry where one is no text."""
+        files = self.weight_map.values()
+        return [*(dict.fromkeys(files) if {*map(type, files)} == {str} else files)]
+
+    def first_in(self, file: Any) -> str:
+        """The first tensor of a file."""
+        name: str = next(
+            name for name, value in self.weight_map.items() if value is file or value == file
+        )
+        return name
+
+
+def read_index(path: Path, label: str) -> ShardIndex:
+    """A model's index.
+
+    Raises:
+        CorruptFileError: it is not a mapping.
+    """
+    index: ShardIndex = read_json(path, label, parse=_parse_index)
+    return index
+
+
+@lru_cache(maxsize=2)
+def _parse_index(text: bytes) -> ShardIndex:
+    json = parse_json(text)
+    if not isinstance(json, dict):
+        raise Unreadable(f"is not a mapping but {kind_of(json)}")
+    return ShardIndex(json.get("weight_map"))
 
 
 INDEX = index_of(STEMS[0])
@@ -145,33 +196,26 @@ _DUPLICATES = ("consolidated",)
 
 
 def find_shards(
-    names: set[str], index: Any, label: str
-) -> tuple[list[str], Mapping[str, str] | None]:
-    """Which files hold the weights, in transformers' order of preference, and the index's map."""
+    names: set[str], index: ShardIndex | None, label: str
+) -> tuple[list[str], ShardIndex | None]:
+    """Which files hold the weights, in transformers' order of preference, and the index if it says.
+
+    Raises:
+        SourceError, CorruptFileError: see `read_headers`.
+    """
     stem = stem_of(names)
     single, file = f"{stem}.safetensors", index_of(stem)
     if single in names:
         return [single], None
     if index is not None:
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not isinstance(index.weight_map, dict) or not index.weight_map:
             raise CorruptFileError("has no weight_map", model=label, file=file)
-        checked: set[str] = set()
-        for tensor, shard in _by_file(weight_map):
-            if isinstance(shard, str) and shard in checked:
-                continue
-            path = PurePosixPath(str(shard))
-            if not str(shard).isprintable() or len(str(shard)) > 200:
-                message = f"names a file by what is no name: {str(shard)[:60]!r}"
-                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            if path.is_absolute() or ".." in path.parts or "\\" in str(shard):
-                message = f"names a file outside the model's folder: '{shard}'"
-                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                message = f"names a file that is not safetensors: {shard!r}"
-                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            checked.add(shard)
-        return sorted(checked), weight_map
+        for shard in index.files:
+            problem = _no_shard(shard)
+            if problem:
+                tensor = index.first_in(shard)
+                raise CorruptFileError(problem, model=label, file=file, tensor=tensor)
+        return sorted({*index.files}), index
     shards = sorted(
         name
         for name in names
@@ -198,38 +242,58 @@ def find_shards(
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
 
 
-def _by_file(weight_map: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    """A tensor and its file, for each file once; all tensors where a file is no text."""
-    files = weight_map.values()
-    if {*map(type, files)} != {str}:
-        return weight_map.items()
-    first = dict(zip(reversed(files), reversed(weight_map.keys()), strict=True))
-    return [(first[file], file) for file in dict.fromkeys(files)]
-
-
-def _in_two_files(tensors: Mapping[str, Mapping[str, TensorRef]], label: str) -> CorruptFileError:
-    first: dict[str, str] = {}
-    for file, refs in tensors.items():
-        for name in refs:
-            if first.setdefault(name, file) != file:
-                message = f"occurs in two files, {first[name]} and {file}"
-                return CorruptFileError(message, model=label, tensor=name)
-    raise AssertionError("no tensor is in two files")
+def _no_shard(shard: Any) -> str:
+    """Why an index must not name this as a file; empty where it may."""
+    path = PurePosixPath(str(shard))
+    if not str(shard).isprintable() or len(str(shard)) > 200:
+        return f"names a file by what is no name: {str(shard)[:60]!r}"
+    if path.is_absolute() or ".." in path.parts or "\\" in str(shard):
+        return f"names a file outside the model's folder: '{shard}'"
+    if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+        return f"names a file that is not safetensors: {shard!r}"
+    return ""
 
 
 def join_shards(
-    tensors: Mapping[str, Mapping[str, TensorRef]], weight_map: Mapping[str, str] | None, label: str
-) -> dict[str, TensorRef]:
-    joined: dict[str, TensorRef] = {}
-    for refs in tensors.values():
-        joined.update(refs)
-    if len(joined) < sum(map(len, tensors.values())):
-        raise _in_two_files(tensors, label)
-    if weight_map is not None:
-        refs_of = map(tensors.__getitem__, weight_map.values())
-        is_there = [*map(contains, refs_of, weight_map)]
-        if not all(is_there):
-            name, shard = [*weight_map.items()][is_there.index(False)]
-            message = "the index places this tensor here, but the file does not have it"
-            raise CorruptFileError(message, model=label, file=shard, tensor=name)
-    return joined
+    shards: Sequence[str], columns: Sequence[HeaderColumns], index: ShardIndex | None, label: str
+) -> HeaderColumns:
+    """All tensors of a model, shard by shard.
+
+    Args:
+        shards: the files' names, in the order of `columns`.
+        index: where it says which tensor is in which file.
+
+    Raises:
+        CorruptFileError: a tensor that is in two files, or is not where the index says.
+    """
+    joined = _joined(tuple(shards), tuple(columns), index)
+    if joined is not None:
+        return joined
+    first: dict[str, str] = {}
+    for shard, there in zip(shards, columns, strict=True):
+        for name in there.names:
+            if first.setdefault(name, shard) != shard:
+                message = f"occurs in two files, {first[name]} and {shard}"
+                raise CorruptFileError(message, model=label, tensor=name)
+    weight_map = index.weight_map if index is not None else {}
+    name = next(name for name, shard in weight_map.items() if first.get(name) != shard)
+    message = "the index places this tensor here, but the file does not have it"
+    raise CorruptFileError(message, model=label, file=weight_map[name], tensor=name)
+
+
+@lru_cache(maxsize=4)
+def _joined(
+    shards: tuple[str, ...], columns: tuple[HeaderColumns, ...], index: ShardIndex | None
+) -> HeaderColumns | None:
+    """As `join_shards`, once for models whose headers and index are the same; None on an error."""
+    fields = attrgetter("names", "dtypes", "shapes", "offsets", "sizes")
+    rows = map(chain.from_iterable, zip(*map(fields, columns), strict=True))
+    names, dtypes, shapes, offsets, sizes = map(tuple, rows)
+    joined = HeaderColumns(shared_names(names), dtypes, shapes, offsets, sizes)
+    counts = (len(there.names) for there in columns)
+    placed = dict(zip(joined.names, chain.from_iterable(map(repeat, shards, counts)), strict=True))
+    if len(placed) < len(joined.names):
+        return None
+    if index is None or placed == index.weight_map or placed.items() >= index.weight_map.items():
+        return joined
+    return None

@@ -18,7 +18,6 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +53,9 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT, pipe: bool = False) -> byte
     fd = _open(path, pipe)
     try:
         with os.fdopen(fd, "rb") as file:
-            content = file.read(limit + 1)
+            # Room for as much as there is; then the rest of what is longer than it says.
+            content = file.read(min(limit, os.fstat(fd).st_size) + 1)
+            content += file.read(limit + 1 - len(content))
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from None
     if len(content) > limit:
@@ -127,23 +128,13 @@ def parse_json(text: str | bytes) -> Any:
     except (ValueError, MemoryError) as error:  # JSONDecodeError and UnicodeDecodeError are too
         raise Unreadable(f"is not valid JSON: {error}") from None
     _check_depth(result)
-    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
-    if escape in text.lower():  # type: ignore[operator]  # both are of one kind
+    plain = text if isinstance(text, str) else text.decode(errors="replace")
+    if "\\" in plain and "\\ud" in plain.lower():  # the first look is much the faster one
         try:
             json.dumps(result, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise Unreadable("holds half of a surrogate pair, which is no text") from None
     return result
-
-
-@lru_cache(maxsize=2)
-def parse_shared(text: bytes) -> Any:
-    """`parse_json` of what several models have, byte for byte: parsed once, and not to be changed.
-
-    Raises:
-        Unreadable: as `parse_json`.
-    """
-    return parse_json(text)
 
 
 def read_json(
@@ -157,7 +148,7 @@ def read_json(
 
     Args:
         model: the source as the recipe names it, for the message.
-        parse: `parse_json`, or `parse_shared`.
+        parse: what makes something of the content, and raises Unreadable where it cannot.
 
     Raises:
         CorruptFileError: see `read_bytes` and `parse_json`.
@@ -168,22 +159,13 @@ def read_json(
         raise CorruptFileError(str(error), model=model, file=path.name) from None
 
 
-def read_mapping(
-    path: Path,
-    model: str = "",
-    *,
-    limit: int = MAX_JSON,
-    parse: Callable[[bytes], Any] = parse_json,
-) -> dict[str, Any]:
+def read_mapping(path: Path, model: str = "", *, limit: int = MAX_JSON) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
-
-    Args:
-        parse: as for `read_json`.
 
     Raises:
         CorruptFileError: see `read_json`, or it holds something else.
     """
-    json = read_json(path, model, limit=limit, parse=parse)
+    json = read_json(path, model, limit=limit)
     if not isinstance(json, dict):
         message = f"is not a mapping but {kind_of(json)}"
         raise CorruptFileError(message, model=model, file=path.name)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from merge_cli.checkpoint import headers
 from merge_cli.checkpoint.headers import parse_header, read_header_file
+from merge_cli.checkpoint.tensors import columns_of
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
@@ -127,6 +132,25 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
         open_source(ref, tmp_path)
 
 
+def test_models_of_one_header_share_it(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(4) for name in "abcd"}
+    for label in "xy":
+        write_model(tmp_path / label, tensors, shards=2)
+    write_model(tmp_path / "z", tensors, shards=2)
+    for path in (tmp_path / "z").glob("*.safetensors"):
+        save_file(load_file(path), path, {"format": "pt", "made": "elsewhere"})
+    x, y, z = (open_source(ModelRef(label), tmp_path) for label in "xyz")
+    assert columns_of(x.tensors) is columns_of(y.tensors) is not columns_of(z.tensors)
+    assert [*map(id, x.header_bytes.values())] == [*map(id, y.header_bytes.values())]
+    assert [*map(id, x.tensors)] == [*map(id, z.tensors)]
+    for label, source in zip("xyz", (x, y, z), strict=True):
+        for file, raw in source.header_bytes.items():
+            assert (tmp_path / label / file).read_bytes().startswith(raw)
+        for name, ref in source.tensors.items():
+            [stored] = ref.stored
+            assert (ref.name, ref.model, stored.path.parent) == (name, label, tmp_path / label)
+
+
 def test_duplicate_tensor(tmp_path: Path) -> None:
     write_model(tmp_path / "m", {"a": torch.zeros(4), "b": torch.zeros(4)}, shards=2)
     save_file({"a": torch.zeros(4), "b": torch.ones(4)},
@@ -195,3 +219,76 @@ def test_hostile_json(tmp_path: Path, file: str, content: str, words: str) -> No
 def test_hostile_headers(tmp_path: Path, entries: Any) -> None:
     with pytest.raises(CorruptFileError):
         parse(craft(tmp_path / "x.safetensors", entries))
+
+
+PLAIN = st.sampled_from(["a", "b.0.c", "d:e", "ä", ""])
+ODD = st.sampled_from(["a", 'f"', "g\\", "h\n", "\xa0", "__metadata__"])
+SHAPES = st.lists(st.integers(0, 3), max_size=2)
+EDITS = st.sampled_from(
+    [
+        *'"\\{}[],: 0123a\n', '""', "}}", ', "', '":', "00", "-", ".0", "null", '"x":1,', "\ud800",
+        '"__metadata__":{},', '"dtype":"F32",',
+        '"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},',
+    ]
+)  # fmt: skip
+
+
+def entries_called(names: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    dtypes = st.sampled_from(["F32", "U8", "BF16"])
+    return st.lists(st.tuples(names, dtypes, SHAPES), unique_by=lambda e: e[0], max_size=4)
+
+
+def header_text(entries: list[Any], metadata: Any, separators: Any) -> str:
+    """A header as writers make it, of tensors one behind another."""
+    end, document = 0, {} if metadata is None else {"__metadata__": metadata}
+    for name, dtype, shape in entries:
+        start, end = end, end + torch.Size(shape).numel() * {"F32": 4, "U8": 1}.get(dtype, 2)
+        document[name] = entry(start, end, shape, dtype)
+    return json.dumps(document, separators=separators, ensure_ascii=False)
+
+
+def outcome(raw: bytes, size: int) -> Any:
+    try:
+        return list(parse_header(raw, Path("x.safetensors"), size, "m").items())
+    except CorruptFileError as error:
+        return str(error)
+
+
+USUAL = (
+    entries_called(PLAIN),
+    st.sampled_from([None, {"format": "pt"}, {}, {"a": 'b:"},{'}]),
+    st.sampled_from([(",", ":"), (", ", ": ")]),
+)
+AS_WRITTEN = st.tuples(*USUAL, st.just([]), st.sampled_from(["", " \n"]), st.just(0))
+EDITED = st.tuples(
+    *USUAL,
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 3), EDITS), min_size=1, max_size=2),
+    st.just(""),
+    st.just(0),
+)
+UNUSUAL = st.tuples(
+    entries_called(ODD),
+    st.sampled_from([None, {"a": 1}, {"a": {"b": "c"}}]),
+    st.sampled_from([(",", ":"), (" ,", " : ")]),
+    st.just([]),
+    st.sampled_from(["", "\xa0", "x"]),
+    st.integers(-1, 1),
+)
+
+
+@given(st.one_of(AS_WRITTEN, EDITED, UNUSUAL))
+@example(([("a", "F32", [2])], None, (",", ":"), [(0, 0, "\ufeff")], "", 0))
+def test_columns_are_those_of_entries_one_by_one(case: Any) -> None:
+    """Whatever a header says: the same tensors, or the same error."""
+    entries, metadata, separators, edits, padding, more = case
+    text = header_text(entries, metadata, separators) + padding
+    for at, taken, new in edits:
+        text = text[:at] + new + text[at + taken :]
+    body = text.encode(errors="surrogatepass")
+    raw = struct.pack("<Q", len(body)) + body
+    ends = {0, *map(int, re.findall(r"([0-9]{1,9})\]\}", text))}
+    for size in {len(raw) + end + more for end in ends}:
+        by_columns = outcome(raw, size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(headers, "columns_at_once", lambda *_: None)
+            assert outcome(raw, size) == by_columns

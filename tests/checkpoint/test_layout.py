@@ -84,6 +84,20 @@ def test_a_tensor_larger_than_a_shard_has_its_own() -> None:
     assert json.loads(found["model.safetensors.index.json"])["metadata"]["total_size"] == 480
 
 
+@given(st.lists(st.integers(0, 5), max_size=9), st.integers(1, 12))
+def test_shards_are_filled_one_after_another(sizes: list[int], shard_size: int) -> None:
+    tensors = [OutputTensor(f"{i}", "U8", (size,)) for i, size in enumerate(sizes)]
+    shards: list[list[str]] = []
+    room = -1
+    for tensor in tensors:
+        if tensor.nbytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(tensor.name)
+        room -= tensor.nbytes
+    assert [[*shard.offsets] for shard in lay_out(tensors, shard_size)] == (shards or [[]])
+
+
 def test_natural_order() -> None:
     names = ["layers.10.w", "layers.9.w", "embed", "norm", "layers.1.w"]
     ordered = sorted(names, key=natural_key)

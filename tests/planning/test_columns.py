@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.layout import natural_key, natural_order
 from merge_cli.checkpoint.tensors import has_names, in_order
 from merge_cli.errors import MergeCliError
-from merge_cli.planning import match, tasks
+from merge_cli.planning import match, tasks, totals
 from merge_cli.planning.draft import Draft
-from merge_cli.planning.layers import LayerKeys, layer_key_of
+from merge_cli.planning.layers import layer_key_of, layers_of
 from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.passes import cut_slices, match_tensors
 from merge_cli.planning.planner import load_recipe
@@ -42,7 +42,7 @@ TEXTS = st.lists(st.text("019ab.-\n", max_size=7), unique=True, max_size=9)
 def source(label: str, entries: dict[str, tuple[tuple[int, ...], str]]) -> Source:
     root = Path("/nowhere") / label
     tensors = {
-        name: TensorRef(name, root / "model.safetensors", dtype, shape, 0, 0)
+        name: TensorRef(name, root / f"{dtype}.safetensors", dtype, shape, 0, len(name))
         for name, (shape, dtype) in entries.items()
     }
     return Source(label, root, {"num_hidden_layers": 3}, tensors, {})
@@ -61,7 +61,10 @@ def planned(text: str, models: tuple[dict[str, Any], ...]) -> Any:
         draft = decide_tasks(match_tensors(cut_slices(start)))
     except MergeCliError as error:
         return str(error), [str(problem) for problem in getattr(error, "problems", ())]
-    return draft.tasks, draft.notes, draft.matches.layer_keys
+    matches = draft.matches
+    beyond = [*matches.in_layers(lambda position: position.beyond)]
+    assert beyond == [match for match in matches.matches if match.layer_position.beyond]
+    return draft.tasks, draft.notes, matches.matches
 
 
 @settings(deadline=None)
@@ -87,14 +90,37 @@ def test_a_plan_is_that_of_tensors_one_by_one(
         assert planned(text, models) == by_columns
 
 
+@given(st.one_of(ALIKE, DIFFERENT))
+def test_totals_are_those_of_tasks_one_by_one(models: tuple[dict[str, Any], ...]) -> None:
+    models = (models[0], {**models[0], **models[1]}, {**models[0], **models[2]})
+    text = "merge_method: task_arithmetic\nbase_model: a\nmodels: [b, c]\n"
+    decided, *_ = planned(text, models)
+    decided = decided if isinstance(decided, tuple) else ()
+    inputs = [tensor for task in decided for tensor in task.inputs]
+    computed = [task for task in decided if not task.moved]
+    read = totals.input_totals(decided)
+    assert read.nbytes == sum(task.bytes_read for task in decided)
+    assert set(read.files) == {ref.path for tensor in inputs for ref in tensor.stored}
+    assert not read.derived
+    assert totals.element_count(decided) == sum(task.size for task in decided)
+    assert totals.largest(decided) == max((task.size for task in decided), default=0)
+    assert totals.most_inputs(decided) == max((len(task.inputs) for task in decided), default=1)
+    assert [*totals.computed_of(decided)] == computed
+    dtypes = {tensor.dtype for task in computed for tensor in task.inputs}
+    assert totals.dtypes_of(computed) == dtypes | {task.dtype for task in computed}
+
+
 @given(TEXTS)
 def test_natural_order_is_that_of_the_keys(names: list[str]) -> None:
     assert [names[i] for i in natural_order(names)] == sorted(names, key=natural_key)
 
 
 @given(TEXTS)
-def test_layer_keys_are_found_at_once_as_one_by_one(names: list[str]) -> None:
-    assert LayerKeys().of(names) == [layer_key_of(name) for name in names]
+@example(["1.w", "1.2.w", ".1.w", ".1."])
+@example(["a.1.w", "a.1.w\n", "a.1.w\nb", "a.1."])
+def test_layers_are_found_at_once_as_one_by_one(names: list[str]) -> None:
+    keys = [layer_key_of(name) for name in names]
+    assert layers_of(names) == [key and (key.stack, key.number) for key in keys]
 
 
 @given(st.permutations(NAMES), st.sets(st.sampled_from(NAMES)))

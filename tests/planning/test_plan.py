@@ -454,10 +454,15 @@ def test_planning_leaves_the_collector_as_it_was(family: Family, enabled: bool) 
     try:
         plan_of(family.folder, SOUP)
         assert gc.isenabled() is enabled
+        assert gc.get_freeze_count() == 0
+        gc.freeze()  # as a program may have done
+        plan_of(family.folder, SOUP)
+        assert gc.get_freeze_count() > 0
         with pytest.raises(SourceError):
             plan_of(family.folder, "merge_method: soup\nmodels: [a, ./missing]\n")
         assert gc.isenabled() is enabled
     finally:
+        gc.unfreeze()
         gc.enable()
 
 
