@@ -9,7 +9,6 @@ stdout, everything else to stderr.
 from __future__ import annotations
 
 import atexit
-import gc
 import io
 import os
 import signal
@@ -29,6 +28,7 @@ from merge_cli.cli.streams import (
 )
 from merge_cli.cli.verbs import VerbGroup
 from merge_cli.errors import ResourceError
+from merge_cli.system.garbage import keep_to_the_end
 from merge_cli.system.machine import library_threads, settle_home
 from merge_cli.system.notices import send_notices
 
@@ -75,9 +75,7 @@ def main() -> None:
             code = _report_error(error)
     if code == _INTERRUPTED:
         _leave(code)
-    # Else Python looks for garbage among all objects before it ends: a quarter of a second, once
-    # numba has been loaded, for memory that goes back to the system anyway.
-    gc.freeze()
+    keep_to_the_end()
     sys.exit(code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +29,7 @@ from merge_cli.cli.options import (
     unneeded,
 )
 from merge_cli.errors import UsageError
+from merge_cli.system.garbage import keep_to_the_end
 
 TUNING = "Tuning"
 _PLANNING = "reading headers, configs and tokenizers"
@@ -231,7 +231,7 @@ def run(
                 cluster.enter_context(on_cluster(options))
         with screen.doing(_PLANNING):
             plan = plan_recipe(loaded, shard_size=shard_bytes)
-            gc.freeze()  # a million objects that stay to the end: no search for cycles in them
+            keep_to_the_end()  # a plan of a million objects
             notes = check.check(plan) if check is not None else ()
         screen.notes(notes)
         if dry_run or out is None:
@@ -295,7 +295,7 @@ def plan(
     with screen.doing(_PLANNING):
         check = quality_check(loaded, None, (), ()) if loaded.output is None else None
         decided = plan_recipe(loaded, shard_size=shard_bytes)
-        gc.freeze()  # as in `run`
+        keep_to_the_end()  # as in `run`
         notes = check.check(decided) if check is not None else ()
     screen.notes(notes)
     screen.plan(decided, options, every=every, as_json=as_json)

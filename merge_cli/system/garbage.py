@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,13 @@ def uncollected() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
+
+
+def keep_to_the_end() -> None:
+    """Let no search look again at what there is now, for programs that are about to end.
+
+    Python searches all of it when it ends: a quarter of a second once numba is loaded. With torch
+    it has to: libraries that come with it print what is left of them.
+    """
+    if "torch" not in sys.modules:
+        gc.freeze()
