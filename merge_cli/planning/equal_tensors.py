@@ -103,8 +103,8 @@ def compare(pairs: Sequence[Copies | Integers]) -> tuple[str, ...]:
         CorruptFileError: a file that cannot be read.
     """
     with reading() as read:
-        found = [(pair, _first_difference(pair.first, pair.second, read)) for pair in pairs]
-        return tuple(pair.differing(at) for pair, at in found if at is not None)
+        differences = [(pair, _first_difference(pair.first, pair.second, read)) for pair in pairs]
+        return tuple(pair.differing(at) for pair, at in differences if at is not None)
 
 
 def _first_difference(first: Tensor, second: Tensor, read: Read) -> int | None:

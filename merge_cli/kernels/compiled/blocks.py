@@ -9,15 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import (
-    F32,
-    INFINITY,
-    U32,
-    bits_of,
-    float_of,
-    kernel,
-    part,
-)
+from merge_cli.kernels.compiled.kernel import F32, INFINITY, U32, kernel
+from merge_cli.kernels.compiled.parts import bits_of, float_of, part
 
 _U8 = np.uint8
 _LOWER, _SIX = _U8(15), _U8(63)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import U32, as_halves, as_words, kernel, part
+from merge_cli.kernels.compiled.kernel import U32, kernel
+from merge_cli.kernels.compiled.parts import as_halves, as_words, part
 
 _U16, _U64 = np.uint16, np.uint64
 

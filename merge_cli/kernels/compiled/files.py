@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CFunction, part
+from merge_cli.kernels.compiled.parts import CFunction, part
 from merge_cli.kernels.compiled.tiles import FLOAT32
 
 # The columns of `inputs`: an open file, the byte at which a tensor begins, how it is encoded.

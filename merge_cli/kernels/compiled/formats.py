@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import INFINITY, as_bytes, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, kernel
+from merge_cli.kernels.compiled.parts import as_bytes
 from merge_cli.kernels.compiled.tile_measures import largest_key_tile
 from merge_cli.kernels.compiled.tiles import BF16, F16, TILE, decode_tile, encode_tile, load_tile
 

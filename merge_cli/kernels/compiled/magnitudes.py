@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, as_words, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.parts import as_words
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import kernel, part
+from merge_cli.kernels.compiled.kernel import kernel
+from merge_cli.kernels.compiled.parts import part
 
 _SUMS = {"reassoc", "nsz", "contract"}
 _COLUMNS = 1024  # of the matrix, between the two halves of a product with D D^T

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, as_words, kernel, part
+from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.parts import as_words, part
 from merge_cli.kernels.compiled.tile_measures import count_equal_tile
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.files import layout, load_block
-from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, as_words, kernel
+from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.measures import gram
+from merge_cli.kernels.compiled.parts import as_words
 from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 

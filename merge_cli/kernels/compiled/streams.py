@@ -20,7 +20,8 @@ from merge_cli.kernels.compiled.files import (
     write_exactly,
 )
 from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
-from merge_cli.kernels.compiled.kernel import U32, as_bytes, kernel, part
+from merge_cli.kernels.compiled.kernel import U32, kernel
+from merge_cli.kernels.compiled.parts import as_bytes, part
 from merge_cli.kernels.compiled.passes import (
     count_stored,
     dot_stored,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32, as_words, part
+from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32
+from merge_cli.kernels.compiled.parts import as_words, part
 from merge_cli.kernels.compiled.tiles import mixed_word
 
 _SUMS = {"reassoc", "nsz"}

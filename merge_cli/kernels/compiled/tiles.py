@@ -11,17 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import (
-    F32,
-    INFINITY,
-    MAGNITUDE,
-    U32,
-    as_halves,
-    as_words,
-    bits_of,
-    float_of,
-    part,
-)
+from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32
+from merge_cli.kernels.compiled.parts import as_halves, as_words, bits_of, float_of, part
 
 TILE = 1024  # float32: six rows of it stay in the L1 cache
 # How a stored element is encoded.

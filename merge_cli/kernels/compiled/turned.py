@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.codes import spread_tile
-from merge_cli.kernels.compiled.kernel import F32, U32, as_bytes, float_of, kernel, part
+from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+from merge_cli.kernels.compiled.parts import as_bytes, float_of, part
 
 _LINES, _WORDS, _COLUMNS = 16, 128, 256  # 16 words are a line of the cache
 _U8 = np.uint8
