@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.errors import SourceError
-from tests.support.quantised import assert_merges_alike, assert_numbers, opened
+from tests.support.quantised import assert_merges_alike, assert_numbers, stored_refs
 from tests.support.tiny import llama_config, llama_tensors, merge, write_model
 
 Parts = dict[str, torch.Tensor]
@@ -227,8 +226,7 @@ def test_a_file_that_is_not_here_yet_has_its_shapes_inside(tmp_path: Path) -> No
     folder = write_model(tmp_path / "q", named(GOOD))
     refs = {
         name: ref._replace(path=tmp_path / "gone" / "model.safetensors")
-        for name, ref in opened(folder).tensors.items()
-        if isinstance(ref, TensorRef)
+        for name, ref in stored_refs(folder).items()
     }
     with pytest.raises(SourceError, match="not here yet") as caught:
         read_as_numbers(refs, ABOUT, "org/model")

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.detect import read_as_numbers
-from tests.support.quantised import assert_merges_alike, assert_numbers, opened
+from tests.support.quantised import assert_merges_alike, assert_numbers, opened, stored_refs
 from tests.support.tiny import llama_config, llama_tensors, write_model
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -107,7 +106,7 @@ def test_a_file_that_is_not_here_yet(tmp_path: Path, columns: int, message: str)
     tensors, wanted = integers(1, 8, columns, 4, 1)
     folder = write_model(tmp_path / "q", tensors)
     file = folder / "model.safetensors"
-    refs = {k: v for k, v in opened(folder).tensors.items() if isinstance(v, TensorRef)}
+    refs = stored_refs(folder)
     file.rename(tmp_path / "elsewhere")
     weight = read_as_numbers(refs, scheme(4, None), "org/model").tensors["w.weight"]
     (tmp_path / "elsewhere").rename(file)

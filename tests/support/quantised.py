@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.engine import memory
 from merge_cli.formats import packed
@@ -24,6 +25,12 @@ from tests.support.tiny import Tensors, merge, write_model
 
 def opened(folder: Path) -> Source:
     return open_source(ModelRef(str(folder)), folder.parent)
+
+
+def stored_refs(folder: Path) -> dict[str, TensorRef]:
+    """The tensors of a model's one file, whatever its config says of them."""
+    file = folder / "model.safetensors"
+    return parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
 
 
 def assert_numbers(folder: Path, twin: Mapping[str, torch.Tensor], seed: int = 0) -> None:
