@@ -88,7 +88,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model: loss, accuracy and exact match, with confidence intervals."""
     from merge_cli import console
-    from merge_cli.evaluation.quality_check import check_gates, read_gates, require
+    from merge_cli.evaluation.gates import check_gates, read_gates, require
     from merge_cli.evaluation.run import evaluate_all, spec_of, write_examples
     from merge_cli.evaluation.summary import summary
     from merge_cli.system.machine import parse_size

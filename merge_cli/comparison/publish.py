@@ -40,7 +40,7 @@ class ComparisonResult:
 
     def require_gates(self) -> None:
         """Raise a GateError if a recipe's merge does not meet a gate."""
-        from merge_cli.evaluation.quality_check import require
+        from merge_cli.evaluation.gates import require
 
         require(self.unmet)
 
@@ -74,7 +74,7 @@ def compare(
     """
     from merge_cli.comparison.files import write_comparison
     from merge_cli.comparison.run import compare as compare_recipes
-    from merge_cli.evaluation.quality_check import read_gates
+    from merge_cli.evaluation.gates import read_gates
     from merge_cli.evaluation.run import as_spec
 
     spec = as_spec(tasks).limited(limit)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from merge_cli.comparison.cost import MergeCost
-from merge_cli.evaluation.quality_check import Gate, check_gates
+from merge_cli.evaluation.gates import Gate, check_gates
 from merge_cli.evaluation.result import Better, Evaluation
 from merge_cli.evaluation.summary import Interval, interval, resampled
 

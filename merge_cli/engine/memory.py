@@ -15,7 +15,8 @@ from pathlib import Path
 
 from merge_cli.engine.device import Device, choose_arithmetic, free_memory
 from merge_cli.errors import UsageError
-from merge_cli.formats.packed import PACKED, STRIP_BYTES
+from merge_cli.formats.packed import PACKED
+from merge_cli.formats.stored_matrix import STRIP_BYTES
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan, TensorTask

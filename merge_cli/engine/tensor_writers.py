@@ -10,7 +10,7 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.formats.encoding import Encoding, Tiles, stored_parts
-from merge_cli.formats.packed import as_bytes
+from merge_cli.formats.stored_parts import as_bytes
 from merge_cli.planning.plan import Plan, TensorTask
 
 # An output tensor -> the file that it is written to, and the byte where it begins.

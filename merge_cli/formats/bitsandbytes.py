@@ -21,9 +21,14 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
 from merge_cli.formats.grouped_integers import reject_conv1d
-from merge_cli.formats.packed import (
-    PackedRows,
-    PackedTensor,
+from merge_cli.formats.packed import PackedRows, PackedTensor
+from merge_cli.formats.storage_format import (
+    DecodedModel,
+    quant_method,
+    unquantised,
+    usual_dtype,
+)
+from merge_cli.formats.stored_parts import (
     as_bytes,
     corrupt,
     not_here,
@@ -32,12 +37,6 @@ from merge_cli.formats.packed import (
     reject_leftovers,
     required,
     small_bytes,
-)
-from merge_cli.formats.storage_format import (
-    DecodedModel,
-    quant_method,
-    unquantised,
-    usual_dtype,
 )
 from merge_cli.kernels.codes import look_up
 

@@ -24,14 +24,6 @@ from merge_cli.formats.fp8 import FP8_CODES, dequantised
 from merge_cli.formats.grouped_fp4 import fp4_weight
 from merge_cli.formats.grouped_integers import GroupedIntegers, check_shape
 from merge_cli.formats.int4_encoding import Int4Encoding
-from merge_cli.formats.packed import (
-    corrupt,
-    drop_activations,
-    of_shape,
-    reject_leftovers,
-    required,
-    small_numbers,
-)
 from merge_cli.formats.schemes import FLOATS, METHOD, scheme_weights
 from merge_cli.formats.storage_format import (
     DecodedModel,
@@ -39,6 +31,14 @@ from merge_cli.formats.storage_format import (
     quantization_of,
     unquantised,
     usual_dtype,
+)
+from merge_cli.formats.stored_parts import (
+    corrupt,
+    drop_activations,
+    of_shape,
+    reject_leftovers,
+    required,
+    small_numbers,
 )
 
 _PACKED = "_packed"

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.errors import SourceError
 from merge_cli.formats.awq import AWQ
 from merge_cli.formats.bitsandbytes import BITSANDBYTES
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
@@ -25,6 +24,7 @@ from merge_cli.formats.storage_format import (
     quant_method,
     quantization_of,
 )
+from merge_cli.formats.stored_parts import reject_codes
 
 # Formats that can be read, in the order in which they are tried: those with scales in fp8 before
 # fp8 itself. A new one is a line here.
@@ -40,10 +40,6 @@ FORMATS: tuple[StorageFormat, ...] = (
     MLX,
 )
 
-# Integers that codes are stored in, and how the names of scales end that stand beside them.
-_CODES = ("U8", "I8", "U16", "I16", "U32", "I32")
-_SCALES = ("scale", "scales", "scale_inv", "absmax", "scb")
-
 # What to do about those that cannot.
 ADVICE = {
     "gguf": "Merge the model that the GGUF file was made of, and convert the result.",
@@ -58,7 +54,7 @@ def read_as_numbers(
 
     Raises:
         CorruptFileError: scales that do not fit their weight, or that are not there.
-        SourceError: a variant of a format that is not read.
+        SourceError: a variant of a format that is not read, or codes that the config does not name.
     """
     for storage_format in FORMATS:
         if storage_format.detect(tensors, config):
@@ -67,29 +63,8 @@ def read_as_numbers(
             left_out = tuple(ref for name, ref in tensors.items() if name not in read)
             return replace(decoded, quantization=config, left_out=left_out)
     if not quantization_of(config):  # one that is named and not read is refused with its name
-        _reject_codes(tensors, label)
+        reject_codes(tensors, label)
     return DecodedModel(tensors, dict(config))
-
-
-def _reject_codes(tensors: Mapping[str, TensorRef], label: str) -> None:
-    """Refuse integers beside scales: as numbers they would pass for a model."""
-    codes = [name for name, ref in tensors.items() if ref.dtype in _CODES and len(ref.shape) > 1]
-    if not codes:
-        return
-    scales = {_module(name): name for name in tensors if any(map(name.lower().endswith, _SCALES))}
-    for name in codes:
-        scale = scales.get(name) or (_module(name) and scales.get(_module(name)))
-        if scale:
-            message = f"holds the codes of a quantised weight ({scale} stands beside it)"
-            hint = (
-                "config.json does not say how to read them: it lacks `quantization_config`. Some "
-                "tools write it into quantize_config.json or quant_config.json: copy it from there."
-            )
-            raise SourceError(message, model=label, tensor=name, hint=hint)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def encoding_for(word: str, dtype: str, config: Mapping[str, Any]) -> Encoding:

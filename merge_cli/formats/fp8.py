@@ -16,7 +16,6 @@ from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.errors import CorruptFileError
 from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.fp8_encoding import CompressedFp8Encoding, Fp8Encoding
-from merge_cli.formats.packed import drop_activations, reject_leftovers
 from merge_cli.formats.schemes import FLOATS, scheme_weights
 from merge_cli.formats.small_floats import numbers_of, read_scales
 from merge_cli.formats.storage_format import (
@@ -26,6 +25,7 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
+from merge_cli.formats.stored_parts import drop_activations, reject_leftovers
 from merge_cli.kernels.codes import look_up
 
 FP8_CODES = ("F8_E4M3", "F8_E5M2")

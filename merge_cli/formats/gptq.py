@@ -17,11 +17,13 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
 from merge_cli.formats.grouped_integers import ModuleFormat
-from merge_cli.formats.packed import corrupt, of_shape, opening, unpack
+from merge_cli.formats.packed import unpack
 from merge_cli.formats.storage_format import (
     quantization_of,
     usual_dtype,
 )
+from merge_cli.formats.stored_matrix import opening
+from merge_cli.formats.stored_parts import corrupt, of_shape
 from merge_cli.formats.transposed_integers import (
     CODES,
     ENDINGS,

@@ -20,8 +20,9 @@ from merge_cli.formats.fp4_encoding import (
     ModelOptEncoding,
     MxEncoding,
 )
-from merge_cli.formats.packed import PackedRows, corrupt, of_shape
+from merge_cli.formats.packed import PackedRows
 from merge_cli.formats.small_floats import fp4_numbers, read_scales
+from merge_cli.formats.stored_parts import corrupt, of_shape
 from merge_cli.kernels.codes import scale_groups
 
 

@@ -22,16 +22,10 @@ from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.errors import SourceError
 from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.int4_encoding import Int4Encoding
-from merge_cli.formats.packed import (
-    PackedRows,
-    PackedTensor,
-    corrupt,
-    read_integers,
-    reject_leftovers,
-    unpack,
-)
+from merge_cli.formats.packed import PackedRows, PackedTensor, unpack
 from merge_cli.formats.small_floats import read_scales
 from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, quant_method, unquantised
+from merge_cli.formats.stored_parts import corrupt, read_integers, reject_leftovers
 from merge_cli.kernels.codes import scale_groups
 
 

@@ -19,8 +19,9 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, read_numbers
 from merge_cli.formats.grouped_integers import ModuleFormat
-from merge_cli.formats.packed import (
-    PackedTensor,
+from merge_cli.formats.packed import PackedTensor
+from merge_cli.formats.storage_format import usual_dtype
+from merge_cli.formats.stored_parts import (
     as_bytes,
     corrupt,
     not_here,
@@ -29,7 +30,6 @@ from merge_cli.formats.packed import (
     small_bytes,
     small_numbers,
 )
-from merge_cli.formats.storage_format import usual_dtype
 
 _CODES = ".W_q"
 _FLOATS = ("F32", "F16", "BF16")

@@ -21,16 +21,10 @@ from merge_cli.errors import SourceError
 from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.grouped_integers import read_modules, reject_conv1d
 from merge_cli.formats.mlx_encoding import MlxAffineEncoding, MlxFp4Encoding
-from merge_cli.formats.packed import (
-    PackedRows,
-    corrupt,
-    of_shape,
-    read_integers,
-    required,
-    unpack,
-)
+from merge_cli.formats.packed import PackedRows, unpack
 from merge_cli.formats.small_floats import fp4_numbers, numbers_of
 from merge_cli.formats.storage_format import DecodedModel, quant_method, usual_dtype
+from merge_cli.formats.stored_parts import corrupt, of_shape, read_integers, required
 from merge_cli.kernels.codes import scale_groups
 
 _KEY = "quantization"  # of config.json

@@ -18,15 +18,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.formats.encoding import Encoding, Part, Tiles
 from merge_cli.formats.fp4_encoding import MX_GROUP, MxEncoding, group_magnitudes, mx_exponents
-from merge_cli.formats.packed import (
-    PackedTensor,
-    StoredMatrix,
-    corrupt,
-    of_shape,
-    opening,
-    reject_leftovers,
-    required,
-)
+from merge_cli.formats.packed import PackedTensor
 from merge_cli.formats.small_floats import numbers_of
 from merge_cli.formats.storage_format import (
     DecodedModel,
@@ -34,6 +26,8 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
+from merge_cli.formats.stored_matrix import StoredMatrix, opening
+from merge_cli.formats.stored_parts import corrupt, of_shape, reject_leftovers, required
 from merge_cli.kernels.quantise import encode_e2m1
 from merge_cli.kernels.turned import turned_fp4
 

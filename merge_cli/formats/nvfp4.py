@@ -18,7 +18,6 @@ from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.fp4_encoding import GROUP, CompressedNvfp4Encoding
 from merge_cli.formats.fp8 import FP8_CODES, dequantised
 from merge_cli.formats.grouped_fp4 import fp4_weight
-from merge_cli.formats.packed import drop_activations, reject_leftovers, required
 from merge_cli.formats.storage_format import (
     DecodedModel,
     dtypes_of,
@@ -27,6 +26,7 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
+from merge_cli.formats.stored_parts import drop_activations, reject_leftovers, required
 
 _SECOND = "_scale_2"  # behind the weight's name
 _METHODS = ("", "modelopt", "modelopt_fp4", "modelopt_mixed")  # no word: in hf_quant_config.json

@@ -15,7 +15,9 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
 from merge_cli.formats.grouped_integers import apply_groups, read_order
-from merge_cli.formats.packed import PackedRows, StoredMatrix, corrupt, required
+from merge_cli.formats.packed import PackedRows
+from merge_cli.formats.stored_matrix import StoredMatrix
+from merge_cli.formats.stored_parts import corrupt, required
 
 FLOATS = ("F16", "BF16", "F32")
 CODES = ".qweight"

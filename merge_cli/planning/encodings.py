@@ -21,8 +21,9 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import Problem
 from merge_cli.formats.detect import encoding_for
 from merge_cli.formats.encoding import Encoded, Encoding, Verbatim, encoded_part, stored_parts
-from merge_cli.formats.packed import PACKED, is_activation
+from merge_cli.formats.packed import PACKED
 from merge_cli.formats.storage_format import QUANTIZATION, quantised_as, quantization_of
+from merge_cli.formats.stored_parts import is_activation
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.fields import FP8, SAME
 from merge_cli.recipe.schema import Recipe

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_cli.checkpoint.rearranged import JoinedTensor, cut
+from merge_cli.checkpoint.tensor_parts import JoinedTensor, cut
 from merge_cli.checkpoint.tensors import Tensor, has_names
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.sources.source import Source

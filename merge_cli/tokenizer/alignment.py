@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge_cli.checkpoint.config import text_config
-from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows, padded
+from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows, padded
 from merge_cli.checkpoint.tensors import EMBEDDINGS, Tensor, TensorMap
 from merge_cli.errors import MergeCliError, RecipeError, SourceError
 from merge_cli.recipe.reference import local_folder, parse_reference

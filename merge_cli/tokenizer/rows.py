@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.rearranged import ZERO, SourceRows
+from merge_cli.checkpoint.permuted_rows import ZERO, SourceRows
 from merge_cli.errors import Problem
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe

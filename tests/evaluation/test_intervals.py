@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from merge_cli.errors import GateError, UsageError
-from merge_cli.evaluation.quality_check import check_gates, read_gates, require
+from merge_cli.evaluation.gates import check_gates, read_gates, require
 from merge_cli.evaluation.result import Evaluation, Metric, TaskResult
 from merge_cli.evaluation.summary import difference, interval, resampled, standard_error
 from merge_cli.evaluation.tasks.loss import LossTask

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import merge_cli
 from merge_cli.errors import NonFiniteError, SourceError
-from merge_cli.evaluation.quality_check import check_gates, read_gates
+from merge_cli.evaluation.gates import check_gates, read_gates
 from merge_cli.evaluation.result import Evaluation, Metric, TaskResult
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.tasks.exact_match import ExactMatch

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats import packed
+from merge_cli.formats import stored_matrix
 from tests.support.quantised import assert_merges_alike, assert_numbers, opened
 from tests.support.tiny import llama_config, llama_tensors, write_model
 
@@ -124,8 +124,8 @@ def test_awq(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("strip", [1, 300, 10**7])
 def test_strips_of_any_width(tmp_path: Path, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "STRIP_BYTES", strip)
-    monkeypatch.setattr(packed, "_SLAB_BYTES", 100)
+    monkeypatch.setattr(stored_matrix, "STRIP_BYTES", strip)
+    monkeypatch.setattr(stored_matrix, "_SLAB_BYTES", 100)
     parts, wanted = gptq(3, 160, 32, 4, 8, order=True)
     folder = write_model(tmp_path / "q", named(parts), about("gptq", size=8, desc_act=True))
     assert_numbers(folder, {"w.weight": wanted})

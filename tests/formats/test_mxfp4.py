@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 from merge_cli.errors import CorruptFileError
-from merge_cli.formats import packed
+from merge_cli.formats import stored_matrix
 from tests.support.quantised import assert_merges_alike, assert_numbers, opened
 from tests.support.tiny import merge, write_model
 
@@ -98,8 +98,8 @@ def test_transformers_reads_the_same_and_what_is_written(
 @pytest.mark.parametrize("strip", [1, 7, 1000, 10**7])
 def test_strips_of_any_width(tmp_path: Path, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide lines are cut by pieces, narrow ones whole."""
-    monkeypatch.setattr(packed, "STRIP_BYTES", strip)
-    monkeypatch.setattr(packed, "_SLAB_BYTES", 100)
+    monkeypatch.setattr(stored_matrix, "STRIP_BYTES", strip)
+    monkeypatch.setattr(stored_matrix, "_SLAB_BYTES", 100)
     blocks, scales = random_stack(strip, 3, 5, 20)
     twin = {"w": oracle(blocks, scales).float()}
     assert_numbers(

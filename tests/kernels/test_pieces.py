@@ -11,7 +11,7 @@ import pytest
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.files import Files, StageClock, StoredRead
 from merge_cli.errors import CorruptFileError
-from merge_cli.formats.packed import StoredMatrix
+from merge_cli.formats.stored_matrix import StoredMatrix
 from merge_cli.kernels.pieces import read_pieces
 from merge_cli.system.raw_io import FilePool
 

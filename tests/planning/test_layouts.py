@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import merge_cli
-from merge_cli.checkpoint.rearranged import JoinedTensor, TensorPart, cut
+from merge_cli.checkpoint.tensor_parts import JoinedTensor, TensorPart, cut
 from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.errors import MismatchError
 from merge_cli.options import MergeOptions

@@ -15,7 +15,7 @@ import yaml
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.engine import memory
-from merge_cli.formats import packed
+from merge_cli.formats import stored_matrix
 from merge_cli.planning import plan as units
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
@@ -84,7 +84,7 @@ def assert_merges_alike(
             for module in (units, memory):
                 patch.setattr(module, "BLOCK_MULTIPLE", 20)  # in the middle of rows and groups
             patch.setattr(memory, "_HOST_BLOCK", 20)
-            patch.setattr(packed, "STRIP_BYTES", 50)
+            patch.setattr(stored_matrix, "STRIP_BYTES", 50)
             assert_equal(_merged(root, f"{name}-blocks", recipe, folder.name, threads=2), wanted)
 
 

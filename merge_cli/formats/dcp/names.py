@@ -25,7 +25,7 @@ from typing import Any
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows
+from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import SourceError
 from merge_cli.formats.dcp.model import ShardedTensor

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows
+from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.gguf.architectures import (

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.rearranged import JoinedTensor, PermutedRows, SourceRows
+from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows
+from merge_cli.checkpoint.tensor_parts import JoinedTensor
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import SourceError
 from merge_cli.formats.gguf.architectures import (

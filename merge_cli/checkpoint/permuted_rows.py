@@ -1,26 +1,20 @@
-"""Tensors made of parts of others without changing a byte: rows in another order, slices, joins.
+"""Tensors whose rows are those of others in another order, or means of them.
 
-    PermutedRows    embeddings and heads after a change of vocabulary: rows of one or of several
-                    models, or means of rows
-    TensorPart      one expert, cut from a stack
-    JoinedTensor    a stack of experts that are stored one by one
-
-Numbers are computed only where sources have several dtypes, or where a row is a mean.
+Embeddings and heads after a change of vocabulary, and heads of attention that a format stores in
+another order. Numbers are computed only where sources have several dtypes or a row is a mean.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, read_pieces
+from merge_cli.checkpoint.tensors import Read, Tensor, read_pieces
 
 ZERO = -1  # instead of a part's number: a row of zeros
 _MEAN = -2  # or: the mean of the rows of all tokens
@@ -224,128 +218,3 @@ def _floats(values: Any, dtype: str) -> Any:
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values if dtype == "F64" else values.astype(np.float32)
-
-
-def cut(tensor: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-    """The elements from `start` on, as a tensor of a shape; a stored tensor's are stored, too."""
-    part = TensorPart(tensor, name, start, shape)
-    if not isinstance(tensor, TensorRef):
-        return part
-    width = width_of(tensor.dtype)
-    return tensor._replace(
-        name=name, shape=shape, offset=tensor.offset + start * width, nbytes=part.nbytes
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class TensorPart:
-    """Consecutive elements of a computed tensor. See `tensors.Tensor`."""
-
-    whole: Tensor
-    name: str
-    start: int
-    shape: tuple[int, ...]
-
-    @property
-    def model(self) -> str:
-        return self.whole.model
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
-
-    @property
-    def default_dtype(self) -> str:
-        return self.whole.default_dtype
-
-    @cached_property
-    def size(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * width_of(self.dtype)
-
-    @property
-    def stored(self) -> tuple[TensorRef, ...]:
-        return self.whole.stored
-
-    @property
-    def formula(self) -> str:
-        return f"{self.size} elements from {self.start} of ({self.whole.formula})"
-
-    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
-        self.whole.fill(read, self.start + start, buffer)
-
-
-@dataclass(frozen=True, eq=False)
-class JoinedTensor:
-    """Tensors of a model one behind the other. See `tensors.Tensor`.
-
-    Attributes:
-        parts: in the order of memory; together they have as many elements as the shape.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parts: Sequence[Tensor]
-
-    @property
-    def model(self) -> str:
-        return self.parts[0].model
-
-    @cached_property
-    def dtype(self) -> str:
-        formats = {part.dtype for part in self.parts}
-        return formats.pop() if len(formats) == 1 else "F64" if "F64" in formats else "F32"
-
-    @property
-    def default_dtype(self) -> str:
-        return self.parts[0].default_dtype
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(part.size for part in self.parts))
-
-    @property
-    def size(self) -> int:
-        return self._ends[-1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * width_of(self.dtype)
-
-    @cached_property
-    def stored(self) -> tuple[TensorRef, ...]:
-        return tuple(ref for part in self.parts for ref in part.stored)
-
-    @property
-    def formula(self) -> str:
-        made = "".join(f"; {part.formula}" for part in self.parts if part.formula)
-        return f"{len(self.parts)} tensors joined to {self.shape}{made}"
-
-    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
-        width, kind = width_of(self.dtype), self.dtype
-        filled, raw = 0, buffer.cast("B")
-        number = bisect_right(self._ends, start)
-        while filled < len(raw):
-            part = self.parts[number]
-            inside = start + filled // width - (self._ends[number] - part.size)
-            count = min(part.size - inside, (len(raw) - filled) // width)
-            target = raw[filled : filled + count * width]
-            if part.dtype == kind:
-                part.fill(read, inside, target)
-            else:
-                _fill_numbers(read, part, inside, target, kind)
-            filled += count * width
-            number += 1
-
-
-def _fill_numbers(read: Read, part: Tensor, start: int, target: memoryview, kind: str) -> None:
-    import numpy as np
-
-    out = np.frombuffer(target, np.float64 if kind == "F64" else np.float32)
-    out[:] = read_numbers(read, part, start, len(out))
