@@ -7,8 +7,9 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.lora.draft import ModelDraft
-from merge_cli.lora.heads import add_task_head, is_task_head, labels, untie
+from merge_cli.lora.heads import untie
 from merge_cli.lora.targets import Targets
+from merge_cli.lora.task_heads import add_task_head, is_task_head, labels
 
 
 def replace_tensors(

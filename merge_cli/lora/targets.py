@@ -10,8 +10,9 @@ from typing import Any
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.lora import expert_updates
 from merge_cli.lora.adapter import AdapterContents, Parts
-from merge_cli.lora.heads import HEADS, find_embedding_and_head, is_task_head, keeps_ties
+from merge_cli.lora.heads import HEADS, find_embedding_and_head, keeps_ties
 from merge_cli.lora.names import find_rule
+from merge_cli.lora.task_heads import is_task_head
 
 
 class Targets:

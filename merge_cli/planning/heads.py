@@ -19,7 +19,7 @@ from operator import methodcaller
 
 from merge_cli.checkpoint.tensors import EMBEDDINGS, TensorMap, has_names, same_names
 from merge_cli.errors import Problem
-from merge_cli.lora.heads import first_task_head
+from merge_cli.lora.task_heads import first_task_head
 from merge_cli.planning.equal_tensors import Copies
 from merge_cli.sources.source import Source
 

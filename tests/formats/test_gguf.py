@@ -17,8 +17,8 @@ import merge_cli
 from merge_cli.checkpoint.auxiliary_files import read_card
 from merge_cli.conversion.run import convert
 from merge_cli.errors import CorruptFileError, MergeCliError, SourceError, UsageError
-from merge_cli.formats.gguf.config import llama3_factors
 from merge_cli.formats.gguf.header import read_header, shortest
+from merge_cli.formats.gguf.rotary import llama3_factors
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source

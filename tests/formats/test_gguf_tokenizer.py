@@ -11,7 +11,8 @@ import transformers as hf
 from tokenizers import Tokenizer
 
 from merge_cli.errors import MergeCliError
-from merge_cli.formats.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_files
+from merge_cli.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
+from merge_cli.formats.gguf.tokenizer import tokenizer_files
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
 from tests.support.gguf_files import Sizes, gguf_bytes, random_tensors, vocabulary

@@ -11,8 +11,9 @@ from typing import Any
 from merge_cli.checkpoint.class_config import known_class, quiet_and_alone, without_choices
 from merge_cli.errors import SourceError
 from merge_cli.formats.gguf.architectures import ARCHITECTURES, Shapes
-from merge_cli.formats.gguf.config import LLAMA3, config_of, llama3_factors
+from merge_cli.formats.gguf.config import config_of
 from merge_cli.formats.gguf.header import BlockTensor, Header
+from merge_cli.formats.gguf.rotary import LLAMA3, llama3_factors
 
 _USUAL_LOCAL_BASE = 10000.0  # of rotary frequencies in Gemma 3's sliding layers
 # Of config.json: what changes nothing that a model says, or what only training uses.

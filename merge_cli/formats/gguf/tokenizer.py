@@ -1,92 +1,32 @@
 """tokenizer.json and its settings, from the vocabulary of a GGUF file.
 
 A file has tokens, their kinds, and merges or scores; how text is cut before that is one word, the
-name of a pre-tokenizer. The words that are known stand here with what they mean; for another one
-no tokenizer is written, rather than one that cuts numbers or words otherwise than the model's.
+name of a pre-tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.system.untrusted import Unreadable, whole_number
+from merge_cli.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
+from merge_cli.formats.gguf.stored_vocabulary import (
+    BYTE,
+    CONTROL,
+    PREFIX,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    StoredVocabulary,
+    list_of,
+    truth_of,
+    vocabulary_of,
+)
+from merge_cli.system.untrusted import Unreadable
 
-_PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
-_MAX_TOKENS = 9_999_999
-# Kinds of tokens, as ggml numbers them.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_PADDING = re.compile(r"\[PAD\d+\]")  # rows of the embedding that have no token
-
-# What text is cut into before merges, as the models' own tokenizer.json have it.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How text is cut.
-
-    Attributes:
-        pattern: the expression of the cuts; empty for GPT-2's.
-        single_digits: whether numbers are cut into digits before.
-        whole_words: whether a word that is a token is taken whole, whatever its merges.
-        adds_bos: whether text begins with a token of its own where the file does not say.
-        normalizer: the form of Unicode that text is brought to.
-    """
-
-    pattern: str = ""
-    single_digits: bool = False
-    whole_words: bool = False
-    adds_bos: bool = False
-    normalizer: str = ""
-
-
-_GPT2 = PreTokenizer()
-_DIGITS = PreTokenizer(single_digits=True)
-_LLAMA = PreTokenizer(_LLAMA3, whole_words=True, adds_bos=True)
-_QWEN = PreTokenizer(_QWEN2, normalizer="NFC")
-# The words of files, which llama.cpp's llama-vocab.cpp lists.
-PRE_TOKENIZERS = {
-    **dict.fromkeys(("gpt-2", "phi-2", "roberta-bpe", "mpt", "olmo", "jais"), _GPT2),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS
-    ),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), _LLAMA),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer(_LLAMA3)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN),
-    "stablelm2": PreTokenizer(_QWEN2),
-    "tekken": PreTokenizer(_TEKKEN, whole_words=True, adds_bos=True),
-}
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The tokens of a file, checked.
-
-    Attributes:
-        numbers: token -> its number, without rows that have no token.
-        kinds: of every token, by number.
-        special: `bos`, `eos`, `unk`, `pad` -> the token, as far as the file names them.
-    """
-
-    tokens: Sequence[str]
-    numbers: Mapping[str, int]
-    kinds: Sequence[int]
-    special: Mapping[str, str]
 
 
 def tokenizer_files(values: Mapping[str, Any]) -> tuple[dict[str, str], str]:
@@ -96,8 +36,8 @@ def tokenizer_files(values: Mapping[str, Any]) -> tuple[dict[str, str], str]:
         values: the key-value pairs of the file.
     """
     try:
-        vocabulary = _vocabulary(values)
-        model = values.get(f"{_PREFIX}model")
+        vocabulary = vocabulary_of(values)
+        model = values.get(f"{PREFIX}model")
         if model == "gpt2":
             document, adds_bos = _byte_level(values, vocabulary)
         elif model == "llama":
@@ -128,65 +68,20 @@ def tokenizer_files(values: Mapping[str, Any]) -> tuple[dict[str, str], str]:
 
 def end_tokens(values: Mapping[str, Any]) -> list[int]:
     """The tokens that end an answer: of the text, and of a turn where that is another one."""
-    numbers = [values.get(f"{_PREFIX}{role}_token_id") for role in ("eos", "eot")]
+    numbers = [values.get(f"{PREFIX}{role}_token_id") for role in ("eos", "eot")]
     return list(dict.fromkeys(number for number in numbers if type(number) is int))
 
 
-def _vocabulary(values: Mapping[str, Any]) -> _Vocabulary:
-    tokens = _listed(values, "tokens", str)
-    if not tokens or len(tokens) > _MAX_TOKENS:
-        raise Unreadable(f"{len(tokens)} tokens are no vocabulary")
-    kinds = _listed(values, "token_type", int) or [_NORMAL] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise Unreadable(f"{len(kinds)} kinds of tokens, and {len(tokens)} tokens")
-    numbers: dict[str, int] = {}
-    for number, token in enumerate(tokens):
-        if kinds[number] == _UNUSED and _PADDING.fullmatch(token):
-            continue
-        if token in numbers:
-            raise Unreadable(f"the tokens {numbers[token]} and {number} are the same")
-        numbers[token] = number
-    special = {}
-    for role, word in {
-        "bos": "bos",
-        "eos": "eos",
-        "unk": "unknown",
-        "pad": "padding",
-    }.items():
-        key = f"{_PREFIX}{word}_token_id"
-        default = {"bos": 1, "eos": 2, "unk": 0}.get(role) if _is_sentencepiece(values) else None
-        number = values.get(key, default)
-        if number is not None:
-            special[role] = tokens[whole_number(number, key, most=len(tokens) - 1)]
-    return _Vocabulary(tokens, numbers, kinds, special)
-
-
-def _is_sentencepiece(values: Mapping[str, Any]) -> bool:
-    return bool(values.get(f"{_PREFIX}model") == "llama")
-
-
-def _listed(values: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-    listed = values.get(f"{_PREFIX}{key}", [])
-    if not isinstance(listed, list) or not all(type(item) is kind for item in listed):
-        raise Unreadable(f"{_PREFIX}{key} is no list of {kind.__name__}")
-    return listed
-
-
-def _truth(values: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = values.get(f"{_PREFIX}{key}", default)
-    if type(value) is not bool:
-        raise Unreadable(f"{_PREFIX}{key} is no truth value")
-    return value
-
-
-def _byte_level(values: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[dict[str, Any], bool]:
+def _byte_level(
+    values: Mapping[str, Any], vocabulary: StoredVocabulary
+) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE, as GPT-2 has it."""
-    word = values.get(f"{_PREFIX}pre")
+    word = values.get(f"{PREFIX}pre")
     pre_tokenizer = PRE_TOKENIZERS.get(word) if isinstance(word, str) else None
     if pre_tokenizer is None:
         raise Unreadable(f"the pre-tokenizer {str(word)[:60]!r} is not known")
     merges = []
-    for merge in _listed(values, "merges", str):
+    for merge in list_of(values, "merges", str):
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise Unreadable(f"the merge {merge[:60]!r} is not of two tokens")
@@ -220,13 +115,13 @@ def _bytes(*, use_regex: bool) -> dict[str, Any]:
 
 
 def _sentencepiece(
-    values: Mapping[str, Any], vocabulary: _Vocabulary
+    values: Mapping[str, Any], vocabulary: StoredVocabulary
 ) -> tuple[dict[str, Any], bool]:
     """BPE of sentencepiece, as Llama 2 has it; unknown characters become their bytes."""
-    scores = _listed(values, "scores", float)
+    scores = list_of(values, "scores", float)
     if len(scores) != len(vocabulary.tokens) or any(map(math.isnan, scores)):
         raise Unreadable(f"{len(scores)} scores, and {len(vocabulary.tokens)} tokens")
-    prefix = _truth(values, "add_space_prefix", True)
+    prefix = truth_of(values, "add_space_prefix", True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
     before = [{"type": "Prepend", "prepend": "\u2581"}] if prefix else []
@@ -244,9 +139,9 @@ def _sentencepiece(
     ), True
 
 
-def _merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[list[str]]:
+def _merges(vocabulary: StoredVocabulary, scores: Sequence[float]) -> list[list[str]]:
     """The merges that scores stand for: every way to make a token of two, the best token first."""
-    apart = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
+    apart = (UNKNOWN, CONTROL, UNUSED, BYTE)
     pieces = {t: n for t, n in vocabulary.numbers.items() if vocabulary.kinds[n] not in apart}
     merges = []
     for token, number in pieces.items():
@@ -259,7 +154,7 @@ def _merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[list[str]]
 
 
 def _document(
-    vocabulary: _Vocabulary,
+    vocabulary: StoredVocabulary,
     merges: list[list[str]],
     *,
     normalizer: dict[str, Any] | None,
@@ -274,8 +169,8 @@ def _document(
     added = []
     named = set(vocabulary.special.values())
     for token, number in vocabulary.numbers.items():
-        special = vocabulary.kinds[number] in (_CONTROL, _UNKNOWN) or token in named
-        if special or vocabulary.kinds[number] == _USER_DEFINED:
+        special = vocabulary.kinds[number] in (CONTROL, UNKNOWN) or token in named
+        if special or vocabulary.kinds[number] == USER_DEFINED:
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             added.append({"id": number, "content": token, **flags, "special": special})
     return {
@@ -303,13 +198,13 @@ def _document(
 
 
 def _post_processor(
-    values: Mapping[str, Any], vocabulary: _Vocabulary, adds_bos: bool
+    values: Mapping[str, Any], vocabulary: StoredVocabulary, adds_bos: bool
 ) -> dict[str, Any] | None:
     """What is put before and behind each text."""
     ends = []
     for role, default in (("bos", adds_bos), ("eos", False)):
         token = vocabulary.special.get(role)
-        ends.append(token if _truth(values, f"add_{role}_token", default) else None)
+        ends.append(token if truth_of(values, f"add_{role}_token", default) else None)
     before, after = ends
     if before is None and after is None:
         return None

@@ -10,10 +10,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from merge_cli.formats.gguf.tokenizer import PRE_TOKENIZERS, TEMPLATE, tokenizer_files
+from merge_cli.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
+from merge_cli.formats.gguf.stored_vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PREFIX,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
+from merge_cli.formats.gguf.tokenizer import TEMPLATE, tokenizer_files
 from merge_cli.system.untrusted import Unreadable, whole_number
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _MAX_ROWS = 9_999_999
 _TEXTS = (
@@ -53,23 +62,23 @@ def vocabulary_keys(
         raise Unreadable("it is no BPE tokenizer")
     numbers = {**model["vocab"], **{t["content"]: t["id"] for t in document["added_tokens"]}}
     tokens = [f"[PAD{number}]" for number in range(whole_number(rows, "rows", most=_MAX_ROWS))]
-    kinds = [_UNUSED] * rows
+    kinds = [UNUSED] * rows
     added = {token["content"]: token["special"] for token in document["added_tokens"]}
     for token, number in numbers.items():
         if not 0 <= number < rows:
             raise Unreadable(f"the token {token[:60]!r} has no row of the embedding")
-        tokens[number], kinds[number] = token, _NORMAL
+        tokens[number], kinds[number] = token, NORMAL
         if token in added:
-            kinds[number] = _CONTROL if added[token] else _USER_DEFINED
+            kinds[number] = CONTROL if added[token] else USER_DEFINED
     merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
     about: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
     if model.get("byte_fallback"):
         about = {"model": "llama", **about, **_sentencepiece(document, numbers, merges, rows)}
         for number, token in enumerate(tokens):
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                kinds[number] = _BYTE
+                kinds[number] = BYTE
         if model.get("unk_token") in numbers:
-            kinds[numbers[model["unk_token"]]] = _UNKNOWN
+            kinds[numbers[model["unk_token"]]] = UNKNOWN
     else:
         about = {"model": "gpt2", "pre": _pre_tokenizer(document), **about}
         about["merges"] = [" ".join(merge) for merge in merges]
@@ -78,7 +87,7 @@ def vocabulary_keys(
     ids = tokenizer.encode("a").ids
     about["add_bos_token"] = bool(ids) and ids[0] == special.get("bos")
     about["add_eos_token"] = bool(ids) and ids[-1] == special.get("eos")
-    values = {f"tokenizer.ggml.{key}": value for key, value in about.items()}
+    values = {f"{PREFIX}{key}": value for key, value in about.items()}
     for name, text in templates.items():
         values[f"{TEMPLATE}.{name}" if name != "default" else TEMPLATE] = text
     _check(values, tokenizer, document)
