@@ -25,7 +25,7 @@ from merge_cli.recipe.reference import ModelRef, parse_reference, short_labels
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.sources.opening import open_source
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.alignment import AlignedVocabulary
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from merge_cli.planning.plan import TensorTask
 from merge_cli.planning.structure import Origins
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.alignment import AlignedVocabulary
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.matches import TensorMatch
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.alignment import AlignedVocabulary
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 
 Action = Literal["merge", "copy"]
 

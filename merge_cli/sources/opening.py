@@ -2,30 +2,21 @@
 
 It reads kilobytes: config.json, the index, the headers of the shards. For a model on the Hub or at
 an address only those are fetched; the shards follow in `fetch_weights`, and only those that the
-merge needs. Nothing here executes anything from a checkpoint.
+merge needs. Nothing here executes anything from a checkpoint. Here is where files are looked for;
+stored_model.py makes a model of them.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from merge_cli.checkpoint.components import (
-    names_in,
-    part_folders,
-)
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.repository import Repository
-from merge_cli.errors import CorruptFileError, HubError, SourceError
-from merge_cli.formats.dcp.metadata import METADATA
-from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
-from merge_cli.formats.dcp.names import MEGATRON, NAMES, Rule, parse_rules, renamed
-from merge_cli.formats.dcp.storage import OpenFile
-from merge_cli.formats.detect import read_as_numbers
+from merge_cli.errors import HubError, SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import Adapter, open_adapter
 from merge_cli.lora.application import apply_adapter
@@ -43,11 +34,8 @@ from merge_cli.recipe.reference import (
 )
 from merge_cli.remote.models import RemoteModel, open_remote, open_remote_file
 from merge_cli.sources.gguf import SUFFIX as GGUF
-from merge_cli.sources.linked import FileModel
 from merge_cli.sources.single_file import (
     CONFIG,
-    NO_CONFIG,
-    SAFETENSORS,
     is_all_weights,
     is_weights,
     is_whole_folder,
@@ -58,15 +46,15 @@ from merge_cli.sources.source import Source
 from merge_cli.sources.storage import (
     INDEX,
     LocalFolder,
-    ModelStorage,
     StoredElsewhere,
-    read_headers,
     read_index,
 )
-from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
-from merge_cli.system.untrusted_yaml import read_front
-
-_PART_BLOCK = 2**14  # bytes that are fetched of a part elsewhere, at least
+from merge_cli.sources.stored_model import (
+    model_of,
+    model_of_file,
+    model_of_shards,
+)
+from merge_cli.system.untrusted import read_mapping
 
 
 def open_source(model: ModelRef, folder: Path) -> Source:
@@ -186,79 +174,14 @@ def _open_folder(path: Path, label: str) -> Source:
     except OSError as error:
         hint = "Check who may read it."
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
-    opened = _open_dcp(folder, label) if _is_dcp(folder.names) else _opened(folder, label)
-    return replace(opened, fingerprints=fingerprints)
+    return replace(model_of(folder, label), fingerprints=fingerprints)
 
 
 def _open_file(path: Path, label: str) -> Source:
     if is_whole_folder(path, label):
         return _open_folder(path.parent, label)
-    opened = _of_file(open_file(path, label), label)
+    opened = model_of_file(open_file(path, label), label)
     return replace(opened, fingerprints=folder_fingerprints(opened.root))
-
-
-def _of_file(model: FileModel, label: str) -> Source:
-    return Source(
-        label,
-        model.root,
-        model.decoded.config,
-        model.decoded.tensors,
-        {model.name: model.header},
-        notes=model.notes,
-        file=model.name,
-        quantization=model.decoded.quantization,
-        left_out=model.decoded.left_out,
-    )
-
-
-def _is_dcp(names: Collection[str]) -> bool:
-    return is_checkpoint(names) and not any(name.endswith(SAFETENSORS) for name in names)
-
-
-def _open_dcp(folder: ModelStorage, label: str, repository: Repository | None = None) -> Source:
-    """A distributed checkpoint.
-
-    Args:
-        repository: where its files are, if they are elsewhere.
-    """
-    open_file = None
-    if repository is not None:
-        repository.fetch([name for name in (METADATA, NAMES) if name in folder.names])
-        open_file = _opener(repository)
-    config = read_mapping(folder.root / CONFIG, label) if CONFIG in folder.names else {}
-    model = open_checkpoint(folder.root, label, open_file)
-    tensors, more = dict(model.tensors), []
-    if NAMES in folder.names:
-        tensors = renamed(tensors, _rules(folder.root / NAMES, label), config, label)
-    elif any(name.startswith(MEGATRON) for name in tensors):
-        more = [f"its names are Megatron's: {NAMES} beside it says what they become"]
-    left_out = f"; {len(model.left_out)} others are left out" if model.left_out else ""
-    notes = [
-        f"a distributed checkpoint; {len(model.tensors)} tensors of the model are read{left_out}",
-        "" if config else NO_CONFIG,
-    ]
-    headers = dict.fromkeys(model.files, b"")  # such files have none: `.metadata` has said it all
-    return Source(
-        label, folder.root, config, tensors, headers, notes=tuple(filter(None, [*notes, *more]))
-    )
-
-
-def _opener(repository: Repository) -> OpenFile:
-    """Opens parts where they are. Of each some hundred bytes at both ends are read."""
-
-    def opened(name: str) -> tuple[BinaryIO, int]:
-        if name not in repository.files:
-            raise Unreadable("is missing: `.metadata` names it")
-        return repository.open(name, _PART_BLOCK), repository.files[name]
-
-    return opened
-
-
-def _rules(path: Path, label: str) -> list[Rule]:
-    try:
-        return parse_rules(read_front(read_text(path)))
-    except Unreadable as error:
-        raise CorruptFileError(str(error), model=label, file=path.name) from None
 
 
 def _open_repository(repository: Repository, name: str, label: str) -> Source:
@@ -271,9 +194,7 @@ def _open_repository(repository: Repository, name: str, label: str) -> Source:
         SourceError: it has no such file.
     """
     if not name:
-        storage = StoredElsewhere(repository)
-        is_dcp = _is_dcp(storage.names)
-        opened = _open_dcp(storage, label, repository) if is_dcp else _opened(storage, label)
+        opened = model_of(StoredElsewhere(repository), label, repository)
         return _with_repository(opened, repository)
     files = repository.files
     name = _gguf_named(name[1:], files, label) if name.startswith(":") else name
@@ -287,9 +208,9 @@ def _open_repository(repository: Repository, name: str, label: str) -> Source:
         top_level = {file for file in files if "/" not in file}
         index = read_index(storage.root / INDEX, label) if INDEX in files else None
         if is_all_weights(name, top_level, index, label):
-            return _with_repository(_opened(storage, label), repository)
+            return _with_repository(model_of_shards(storage, label), repository)
     model = open_stored_file(repository, name, label)
-    return _with_repository(_of_file(model, label), repository)
+    return _with_repository(model_of_file(model, label), repository)
 
 
 def _gguf_named(word: str, files: Iterable[str], label: str) -> str:
@@ -314,33 +235,3 @@ def _with_repository(source: Source, repository: Repository) -> Source:
         return replace(source, hub=repository, notes=notes)
     assert isinstance(repository, RemoteModel)
     return replace(source, remote=repository, notes=notes)
-
-
-def _opened(storage: ModelStorage, label: str) -> Source:
-    """From the headers of its files; quantised weights as numbers."""
-    config = read_mapping(storage.root / CONFIG, label) if CONFIG in storage.names else {}
-    stored, headers = read_headers(storage, label)
-    model = read_as_numbers(stored, config, label)
-    return Source(
-        label,
-        storage.root,
-        model.config,
-        model.tensors,
-        headers,
-        notes=tuple(filter(None, [_kind(storage, config), *model.notes])),
-        quantization=model.quantization,
-        left_out=model.left_out,
-    )
-
-
-def _kind(storage: ModelStorage, config: Mapping[str, Any]) -> str:
-    """What a reader should know of a model that is not one folder with a config."""
-    parts = part_folders(storage.names, storage.modules)
-    lacking = [f for f in storage.modules if f and not names_in(f, storage.names)]
-    if lacking:
-        return f"modules.json names {', '.join(lacking)}, which is not there"
-    if parts != [""] and storage.modules:
-        return f"sentence-transformers; {', '.join(filter(None, parts))} merged, too"
-    if parts != [""]:
-        return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"
-    return "" if config else NO_CONFIG

@@ -8,74 +8,22 @@ Rows that a model lacks are filled in (`rows`); rows beyond a tokenizer (padding
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows, padded
-from merge_cli.checkpoint.tensors import EMBEDDINGS, Tensor, TensorMap
+from merge_cli.checkpoint.tensors import Tensor, TensorMap
 from merge_cli.errors import MergeCliError, RecipeError, SourceError
 from merge_cli.recipe.reference import local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.tokenizer import BASE, UNION
 from merge_cli.sources.opening import open_tokenizer
 from merge_cli.sources.source import Source
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 from merge_cli.tokenizer.conversion import converted_vocabulary
+from merge_cli.tokenizer.embeddings import embedding_rows_of, names_with_tokens
 from merge_cli.tokenizer.files import check_numbers, opaque_files, read_vocabulary
 from merge_cli.tokenizer.rows import Key, SourceVocabulary, TokenAligner
+from merge_cli.tokenizer.truncation import truncated
 from merge_cli.tokenizer.union import join
-
-# Parts of the names of tensors with a row for each token, in any architecture.
-_TOKEN_TENSORS = (
-    "embed",
-    "wte",
-    "lm_head",
-    "shared.weight",
-    "output.weight",
-    "decoder.weight",
-    "decoder.bias",
-    "predictions.bias",
-    "final_logits_bias",
-    "logits",
-    "head",
-)
-
-
-@dataclass(frozen=True)
-class AlignedVocabulary:
-    """Sources with one vocabulary.
-
-    Attributes:
-        views: for each source, its tensors by name.
-        tokenizer_index: of the source whose tokenizer files the output has; the number of sources
-            for `guest`.
-        files: tokenizer files that differ from that source's.
-        rows: of the output's embeddings; None keeps the number in the config.
-        ids: token's number in the source of the config -> in the output; None without changes.
-        notes: what was done.
-        changed: whether any tensor was rearranged.
-        guest: a model that is not merged and only gives the tokenizer files.
-    """
-
-    views: tuple[TensorMap, ...]
-    tokenizer_index: int
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    rows: int | None = None
-    ids: Mapping[int, int] | None = None
-    notes: tuple[str, ...] = ()
-    changed: bool = False
-    guest: Source | None = None
-
-    def refuse_rearranged(self, recipe: Recipe, work: str) -> None:
-        """Refuse rearranged rows for work that runs the sources as they are.
-
-        Raises:
-            RecipeError: rows were rearranged.
-        """
-        if self.changed or self.files or self.guest is not None:
-            message = f"{work} runs the models, which must share a vocabulary."
-            hint = "Bring them to one vocabulary first: merge each alone, with this section."
-            key = "tokenizer" if "tokenizer" in recipe.positions else "tokenizer_source"
-            raise RecipeError([recipe.problem(key, message, hint)])
 
 
 def align(
@@ -103,43 +51,6 @@ def align(
     return _Alignment(recipe, sources, tensors, base, config_index).result()
 
 
-def truncated(
-    sources: Sequence[Source], tensors: Sequence[TensorMap], config_index: int
-) -> AlignedVocabulary:
-    """Every model with as many rows as the smallest has: mergekit's unsafe-truncate-embeddings."""
-    import numpy as np
-
-    embedding_rows = [
-        _embedding_rows(source, by_name) for source, by_name in zip(sources, tensors, strict=True)
-    ]
-    cut: list[dict[str, Tensor]] = [dict(by_name) for by_name in tensors]
-    notes = []
-    for name in filter(_is_vocabulary, tensors[0]):
-        parts = [by_name[name] for by_name in tensors if name in by_name]
-        counts = [part.shape[0] if part.shape else 0 for part in parts]
-        widths = {part.shape[1:] for part in parts}
-        rows = min(counts)
-        if len(parts) < len(tensors) or len(widths) > 1 or max(counts) == rows:
-            continue
-        for i, (shortened, count) in enumerate(zip(cut, counts, strict=True)):
-            if count > rows:
-                table = SourceRows(np.full(rows, i, np.int32), np.arange(rows, dtype=np.int64), {})
-                shortened[name] = PermutedRows(parts[i], tuple(parts), table)
-        longer = [f"{s.label} {n}" for s, n in zip(sources, counts, strict=True) if n > rows]
-        notes.append(f"vocabulary: {name} is cut to {rows} rows ({', '.join(longer)})")
-    if not notes:
-        return AlignedVocabulary(
-            tuple(tensors), config_index, notes=("vocabulary: nothing to truncate",)
-        )
-    notes.append(
-        "vocabulary: cutting is right only where the same number means the same token in every "
-        "model; the tokenizer's files stay as they are"
-    )
-    return AlignedVocabulary(
-        tuple(cut), config_index, rows=min(embedding_rows), notes=tuple(notes), changed=True
-    )
-
-
 class _Alignment:
     def __init__(
         self,
@@ -161,7 +72,7 @@ class _Alignment:
         )
         self._tokens = [_vocabulary(source) for source in sources]
         self._assume_vocabularies()
-        self._rows = [_embedding_rows(s, v) for s, v in zip(sources, tensors, strict=True)]
+        self._rows = [embedding_rows_of(s, v) for s, v in zip(sources, tensors, strict=True)]
         for source, tokens, rows in zip(sources, self._tokens, self._rows, strict=True):
             check_numbers(source, tokens, rows)
 
@@ -288,7 +199,7 @@ class _Alignment:
         """Each source's tensors with rows in the output's order, and the names of what moved."""
         import numpy as np
 
-        names = _names_with_tokens(self._tensors, self._rows)
+        names = names_with_tokens(self._tensors, self._rows)
         moved = [
             not (
                 rows == self._rows[i]
@@ -314,40 +225,7 @@ class _Alignment:
         return None if all(a == b for a, b in moved.items()) else moved
 
 
-def _names_with_tokens(tensors: Sequence[TensorMap], embedding_rows: Sequence[int]) -> list[str]:
-    """The tensors that have a row for each token, in every source."""
-
-    def has(name: str) -> bool:
-        return all(
-            name in by_name and bool(by_name[name].shape) and by_name[name].shape[0] == rows
-            for by_name, rows in zip(tensors, embedding_rows, strict=True)
-        )
-
-    return [name for name in tensors[0] if _is_vocabulary(name) and has(name)]
-
-
-def _is_vocabulary(name: str) -> bool:
-    return any(word in name for word in _TOKEN_TENSORS) and "position" not in name
-
-
 def _vocabulary(source: Source) -> Mapping[str, int]:
     """Token -> number; empty for a model without a tokenizer."""
     listed = read_vocabulary(source)
     return listed if listed or not opaque_files(source) else converted_vocabulary(source)
-
-
-def _embedding_rows(source: Source, tensors: TensorMap) -> int:
-    """Rows of a source's input embedding."""
-    row_counts = [
-        tensor.shape[0]
-        for name, tensor in tensors.items()
-        if name.endswith(EMBEDDINGS) and len(tensor.shape) == 2
-    ]
-    vocab_size = text_config(source.config).get("vocab_size")
-    if isinstance(vocab_size, int) and vocab_size in row_counts:
-        return vocab_size
-    if not row_counts:
-        raise SourceError(
-            "has no input embedding whose rows could be rearranged", model=source.label
-        )
-    return max(row_counts)

@@ -8,7 +8,7 @@ from typing import Any
 from merge_cli.checkpoint.config import text_config
 from merge_cli.errors import CorruptFileError
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.alignment import AlignedVocabulary
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 from merge_cli.tokenizer.files import read_vocabulary
 
 

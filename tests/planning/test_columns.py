@@ -21,7 +21,7 @@ from merge_cli.planning.passes import cut_slices, match_tensors
 from merge_cli.planning.planner import load_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.alignment import AlignedVocabulary
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 
 NAMES = [
     "embed", "layers.0.up", "layers.1.up", "layers.1.attn.masked_bias", "layers.2.up", "norm",

@@ -26,7 +26,7 @@ from merge_cli.planning.passes import (
 from merge_cli.planning.planner import load_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.alignment import AlignedVocabulary
+from merge_cli.tokenizer.aligned import AlignedVocabulary
 
 Shapes = Mapping[str, tuple[int, ...]]
 LINEAR = "merge_method: linear\nmodels:\n" + "".join(
