@@ -16,6 +16,7 @@ from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.adapted import apply_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
+from merge_cli.planning.equal_tensors import compare
 from merge_cli.planning.plan import Plan
 from merge_cli.sources.source import Source, fetch_weights, require_safetensors
 from merge_cli.system.libraries import require
@@ -101,9 +102,14 @@ class LiveModel:
 
 
 def fetch_everything(plan: Plan) -> None:
-    """Models of the Hub, whole: transformers loads them."""
+    """Models of the Hub, whole: transformers loads them.
+
+    Raises:
+        SourceError: tensors that would stop the merge after hours of learning from these models.
+    """
     for source in plan.sources:
         fetch_weights(source, source.header_bytes)
+    compare(plan.compared)
 
 
 def load(

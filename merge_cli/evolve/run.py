@@ -28,6 +28,7 @@ from merge_cli.evolve.verdict import shown
 from merge_cli.evolve.workers import make_workers
 from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress
+from merge_cli.planning.equal_tensors import compare
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.dump import data_from, dump_recipe, path_from
@@ -80,6 +81,7 @@ def search(
     """
     decided = plan_search(plan, options)
     fetch_inputs(plan, on_progress)
+    compare(plan.compared)  # what would stop the merge of the winner
     inputs = inputs_of(plan)
     folder = SearchWorkspace(target, work_key(decided, options), fresh=options.fresh)
     with folder:

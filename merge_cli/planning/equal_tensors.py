@@ -1,9 +1,9 @@
 """Tensors that a plan takes to be equal. Whether they are is not in the headers.
 
-`compare` reads them before the merge begins. A model may store tied weights several times: one of
-the copies is merged, or each by itself. Integers have no mean: one model's are copied, and another
-model's must be the same. Masks and positions are. The codes of quantised weights are not, and
-without the word of a config nobody could tell that they are codes.
+`compare` reads them before anything is learned, searched or merged. A model may store tied weights
+several times: one of the copies is merged, or each by itself. Integers have no mean: one model's
+are copied, and another model's must be the same. Masks and positions are. The codes of quantised
+weights are not, and without the word of a config nobody could tell that they are codes.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import merge_cli
 from merge_cli.errors import SourceError
+from tests.support import dam_tiny, evolve_tiny
 from tests.support.tiny import llama_config, llama_tensors, merge, write_model
 
 NAME = "model.layers.0.self_attn.extra"
@@ -52,7 +55,7 @@ def test_integers_that_differ_are_refused(tmp_path: Path, dtype: torch.dtype, el
     assert "./m2" in str(caught.value)
     assert NAME in str(caught.value)
     assert "quantization_config" in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob("out*")]
 
 
 def test_the_base_counts_too(tmp_path: Path) -> None:
@@ -81,3 +84,37 @@ def test_counters_and_flags_may_differ(
     tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     assert torch.equal(merged(tmp_path, *pair), pair[0])
+
+
+def add_integers(folder: Path, *names: str) -> None:
+    """To each model a tensor of integers of its own."""
+    for number, name in enumerate(names):
+        file = folder / name / "model.safetensors"
+        tensors = load_file(file) | {NAME: integers(torch.int32, number)}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["dam", "fisher", "auto", "evolutionary"])
+def test_nothing_is_learned_or_searched_before_they_are_compared(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    if method == "evolutionary":
+        recipe = evolve_tiny.write_search(evolve_tiny.write_family(tmp_path))
+    else:
+        dam_tiny.write_models(tmp_path, dam_tiny.config())
+        dam_tiny.write_data(tmp_path, rows=120)
+        recipe = dam_tiny.write_recipe(tmp_path, {"examples": 8})
+        text = recipe.read_text().replace("merge_method: dam", f"merge_method: {method}")
+        if method in ("fisher", "auto"):
+            text = text.partition("training:")[0]
+        recipe.write_text(text)
+    add_integers(tmp_path, "base", "a", "b", "c")
+    seen: list[str] = []
+    with pytest.raises(SourceError, match="holds other integers"):
+        merge_cli.merge(
+            recipe, tmp_path / "out", options=evolve_tiny.OPTIONS,
+            on_progress=lambda progress: seen.append(progress.stage),
+        )  # fmt: skip
+    assert not seen
+    assert not [*tmp_path.glob("out*")]
