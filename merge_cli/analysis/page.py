@@ -18,6 +18,7 @@ from merge_cli.analysis.differences import TokenizerDifference
 from merge_cli.analysis.measures import Measures, pairs
 from merge_cli.analysis.page_sections import kinds, largest, ranks, unchanged, weights
 from merge_cli.analysis.result import Analysis
+from merge_cli.report.numbers import count, duration, number, percent, short, size
 from merge_cli.report.page import (
     MAX_ROWS,
     Details,
@@ -28,18 +29,12 @@ from merge_cli.report.page import (
     Section,
     Table,
     code,
-    cosine,
-    count,
-    duration,
     hash,
     items,
     listing,
     or_dash,
-    percent,
     render,
     section,
-    short,
-    size,
     soft,
     strong,
 )
@@ -136,7 +131,7 @@ def _key_figures(analysis: Analysis) -> list[KeyFigure]:
             rows.append(("Distance from the base", _bounds(total.relative_norm), "of its norm"))
         cosines = [value for _, _, value in pairs(total.cosine)]
         if cosines:
-            bounds = dict.fromkeys(cosine(bound, ".2f") for bound in (min(cosines), max(cosines)))
+            bounds = dict.fromkeys(number(bound, ".2f") for bound in (min(cosines), max(cosines)))
             of = "task vectors" if analysis.base else "weights"
             rows.append(("Cosine of sources", " to ".join(bounds), of))
         if total.conflict is not None:

@@ -9,18 +9,8 @@ from merge_cli.analysis.model_set import KINDS
 from merge_cli.analysis.result import Analysis
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Values, text_width
-from merge_cli.report.page import (
-    Part,
-    Section,
-    bare_percent,
-    cosine,
-    figure,
-    mean,
-    percent,
-    root,
-    section,
-    two_decimals,
-)
+from merge_cli.report.numbers import bare_percent, number, percent, two_decimals
+from merge_cli.report.page import Part, Section, figure, mean, root, section
 from merge_cli.report.relations import RelationsView, by_layer, pair_rows
 from merge_cli.report.sections import series
 
@@ -118,7 +108,7 @@ def _cosines(analysis: Analysis, view: RelationsView) -> Part:
         rows = [[mean(row)] for row in rows]
     fits = all(text_width(name) <= _PAIR for name in names)
     axis = Axis(names, names if fits else ticks, "", _PAIR + 8.0 if fits else 56.0)
-    scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), cosine, "cosine")
+    scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), number, "cosine")
     caption = "Cosine between task vectors, by kind of module."
     if not fits:
         numbered = (

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_cli.auto.checks import SOUP
-from merge_cli.report.page import Figure, Section, Table, duration, figure, section, strong
+from merge_cli.report.numbers import duration
+from merge_cli.report.page import Figure, Section, Table, figure, section, strong
 from merge_cli.report.plots import Point, plane
 
 Json = Mapping[str, Any]

@@ -11,12 +11,12 @@ from merge_cli.comparison.tables import (
     decimals,
     excludes_zero,
     legend,
-    number,
     used_columns,
     with_interval,
 )
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale
+from merge_cli.report.numbers import count, duration, number, size, two_decimals
 from merge_cli.report.page import (
     Details,
     KeyFigure,
@@ -25,16 +25,12 @@ from merge_cli.report.page import (
     Section,
     Table,
     Verbatim,
-    count,
-    duration,
     figure,
     items,
     listing,
     render,
     section,
-    size,
     strong,
-    two_decimals,
 )
 from merge_cli.report.plots import Dot, Point, dots, plane
 

@@ -7,10 +7,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from merge_cli.report.numbers import number
 from merge_cli.system.machine import show_seconds, show_size
 
 Json = Mapping[str, Any]
-_MINUS = "−"
 _COSTS = (
     "seconds",
     "tokens",
@@ -144,14 +144,9 @@ def csv_text(record: Json) -> str:
     return out.getvalue()
 
 
-def number(value: float, sign: str = "") -> str:
-    """Four digits with a real minus."""
-    return f"{value:{sign}.4g}".replace("-", _MINUS)
-
-
 def decimals(value: float, sign: str = "", digits: int = 3) -> str:
     """A fixed number of decimals, so that values in a column line up."""
-    return f"{value:{sign}.{digits}f}".replace("-", _MINUS)
+    return number(value, f"{sign}.{digits}f")
 
 
 def with_interval(score: Json | None, sign: str = "") -> str:

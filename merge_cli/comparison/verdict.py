@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from merge_cli.comparison.result import Comparison, ModelEntry, ModelScore
+from merge_cli.report.numbers import three_digits
 from merge_cli.system.machine import show_seconds
 
 
@@ -46,7 +47,7 @@ def verdict(comparison: Comparison) -> Verdict | None:
         way = "ahead of" if ahead.value > 0 else "behind"
         text = (
             f"Use {parent.name}: no merge is better by more than chance. The best of them, "
-            f"{merge.name}, is {_number(abs(ahead.value))} {way} it in the {by}{_ends(ahead)}."
+            f"{merge.name}, is {three_digits(abs(ahead.value))} {way} it in the {by}{_ends(ahead)}."
         )
         return Verdict(parent.name, False, text)
     use, soup = best(sure), comparison.reference
@@ -55,16 +56,15 @@ def verdict(comparison: Comparison) -> Verdict | None:
     ahead, remark = comparison.difference(use.name, parent.name), ""
     if use is not merge:
         more = comparison.difference(merge.name, use.name)
-        remark = (
-            f" {merge.name} is {_number(more.value)} ahead of it{_ends(more)}, which may be chance."
-        )
+        lead = f"{three_digits(more.value)} ahead of it{_ends(more)}"
+        remark = f" {merge.name} is {lead}, which may be chance."
     elif soup is not None and soup is not use:
         more = comparison.difference(use.name, soup.name)
-        remark = f" It is {_number(more.value)} better than the {soup.name}{_ends(more)}."
+        remark = f" It is {three_digits(more.value)} better than the {soup.name}{_ends(more)}."
     text = (
-        f"Use {use.name}: in the {by} it is {_number(ahead.value)} better than {parent.name}, the "
-        f"best model that is no merge{_ends(ahead)}.{remark}{_subjects(comparison, use.name)}"
-        f"{_cost(use)}"
+        f"Use {use.name}: in the {by} it is {three_digits(ahead.value)} better than "
+        f"{parent.name}, the best model that is no merge{_ends(ahead)}.{remark}"
+        f"{_subjects(comparison, use.name)}{_cost(use)}"
     )
     return Verdict(use.name, True, text)
 
@@ -77,7 +77,9 @@ def more_than_chance(score: ModelScore) -> bool:
 def _amount(value: float, unit: str) -> str:
     """With its unit; shares are told in points of a hundred."""
     return (
-        f"{_number(100 * value)} points" if unit.startswith("of ") else f"{_number(value)} {unit}"
+        f"{three_digits(100 * value)} points"
+        if unit.startswith("of ")
+        else f"{three_digits(value)} {unit}"
     )
 
 
@@ -122,12 +124,8 @@ def _cost(entry: ModelEntry) -> str:
 def _ends(score: ModelScore) -> str:
     if score.interval is None:
         return ""
-    low, high = (_number(value) for value in (score.interval.low, score.interval.high))
+    low, high = (three_digits(value) for value in (score.interval.low, score.interval.high))
     return f" (95 % interval {low} to {high})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
 
 
 def _listing(names: list[str]) -> str:

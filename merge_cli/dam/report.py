@@ -17,18 +17,16 @@ from merge_cli.recipe.reference import short_labels
 from merge_cli.recipe.training import ROLLOUTS_TERM
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Series
-from merge_cli.report.page import (
-    Part,
-    Section,
-    Table,
+from merge_cli.report.numbers import (
     count,
     duration,
-    figure,
+    number,
     percent,
-    section,
     size,
-    strong,
+    three_decimals,
+    three_digits,
 )
+from merge_cli.report.page import Part, Section, Table, figure, section, strong
 
 Json = Mapping[str, Any]
 _POINTS = 40  # of a training curve
@@ -60,7 +58,7 @@ def _heat(coefficients: Json) -> Section:
     total = sum(group["count"] for group in groups) or 1
     means = [sum(g["mean"][i] * g["count"] for g in groups) / total for i in range(len(models))]
     summary = "Whole model: " + ", ".join(
-        f"{name} {value:.3f}" for name, value in zip(models, means, strict=True)
+        f"{name} {three_decimals(value)}" for name, value in zip(models, means, strict=True)
     )
     figures: list[Part] = []
     if layers:
@@ -70,12 +68,12 @@ def _heat(coefficients: Json) -> Section:
         axis = charts.layer_axis(
             [f"layer {g['layer']}" for g in layers], [g["layer"] for g in layers], "layer"
         )
-        scale = Scale(lambda v: v / top, (low, (low + top) / 2, top), _number, "coefficient")
+        scale = Scale(lambda v: v / top, (low, (low + top) / 2, top), three_digits, "coefficient")
         rows = [[group["mean"][i] for group in layers] for i in range(len(models))]
         chart = charts.heat_map("Mean coefficient", models, axis, rows, scale)
         figures.append(figure("Mean coefficient by layer and source.", chart))
     means_outside = [
-        [group["name"], *(f"{value:.4f}" for value in group["mean"])] for group in outside
+        [group["name"], *(number(value, ".4f") for value in group["mean"])] for group in outside
     ]
     if means_outside:
         heads = ["outside the layers", *models]
@@ -153,7 +151,7 @@ def _curves(training: Json) -> Section:
     figures = [
         figure(
             "Training loss by data set, means over steps.",
-            charts.lines("Training loss", axis, series, _number, "loss"),
+            charts.lines("Training loss", axis, series, three_digits, "loss"),
         )
     ]
     if measured:
@@ -163,7 +161,7 @@ def _curves(training: Json) -> Section:
             for n, name in enumerate(list(measured[0]["kl"])[: charts.MAX_LINES])
         ]
         series.append(Series("mean", [step["mean_kl"] for step in measured], "merged"))
-        chart = charts.lines("Held-out KL", axis, series, _number, "nats")
+        chart = charts.lines("Held-out KL", axis, series, three_digits, "nats")
         figures.append(figure("Held-out KL by data set.", chart))
     last = history[-1]
     terms = [f"{name} {value:.4g}" for name, value in last["penalties"].items()]
@@ -223,10 +221,6 @@ def _steps_axis(steps: Sequence[int]) -> Axis:
     every = max(1, -(-44 // int(width)))
     ticks = [str(step) if i % every == 0 else "" for i, step in enumerate(steps)]
     return Axis([f"step {step}" for step in steps], ticks, "step", width)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
 
 
 def coefficient_summary(plan: Plan) -> dict[str, Any]:

@@ -14,20 +14,8 @@ from merge_cli.evolve.verdict import shown, verdict_in_words
 from merge_cli.recipe.reference import short_labels
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Series, caption, svg, titled
-from merge_cli.report.page import (
-    Part,
-    Section,
-    Table,
-    code,
-    count,
-    duration,
-    figure,
-    items,
-    percent,
-    section,
-    size,
-    strong,
-)
+from merge_cli.report.numbers import count, duration, number, percent, size
+from merge_cli.report.page import Part, Section, Table, code, figure, items, section, strong
 
 Json = Mapping[str, Any]
 _POINTS = 60  # of a convergence curve
@@ -103,7 +91,7 @@ def _convergence(search: Json) -> Section:
     numbers = [str(entry["number"] + 1) for entry in picked]
     ticks = [number if i % every == 0 else "" for i, number in enumerate(numbers)]
     axis = Axis([f"candidate {number}" for number in numbers], ticks, "number", width)
-    chart = charts.lines(title, axis, [Series("best so far", gains, 0)], _number, "score gained")
+    chart = charts.lines(title, axis, [Series("best so far", gains, 0)], number, "score gained")
     failed = sum(bool(entry["error"]) for entry in history)
     best = search["best"]
     text = (
@@ -160,12 +148,12 @@ def _scatter(
         y, x = top + high * (1 - share), left + wide * share
         parts.append(f'<path class="grid" d="M{left} {y:.1f}h{wide}"/>')
         values = [low + share * (highest - low) for low, highest in ends]
-        parts.append(caption(left - 8, y + 4, _number(values[1]), "e num"))
-        parts.append(caption(x, top + high + 17, _number(values[0]), "m num"))
-    for x_value, y_value, number in sorted(points, key=lambda p: p[2] in strong):
-        label = f"candidate {number + 1}: {_number(x_value)}, {_number(y_value)}"
-        style = "s-merged" if number == best else "s-0" if number in strong else "s-5"
-        size_ = 1.3 if number == best else 1.0 if number in strong else 0.6
+        parts.append(caption(left - 8, y + 4, number(values[1]), "e num"))
+        parts.append(caption(x, top + high + 17, number(values[0]), "m num"))
+    for x_value, y_value, index in sorted(points, key=lambda p: p[2] in strong):
+        label = f"candidate {index + 1}: {number(x_value)}, {number(y_value)}"
+        style = "s-merged" if index == best else "s-0" if index in strong else "s-5"
+        size_ = 1.3 if index == best else 1.0 if index in strong else 0.6
         where = f' transform="translate({at(x_value, 0):.1f} {at(y_value, 1):.1f})scale({size_})"'
         parts.append(titled("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", f"mark {style}", label, where))
     return svg("Pareto front", left + wide + 20, top + high + 48, parts)
@@ -228,7 +216,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}".replace("-", "−")

@@ -1,12 +1,14 @@
 """Whether a search was worth it, in words: those of the terminal, the page and the warnings.
 
-It imports nothing, because the terminal's panel is loaded with every command.
+It imports next to nothing, because the terminal's panel is loaded with every command.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from merge_cli.report.numbers import number
 
 
 def verdict_in_words(search: Mapping[str, Any]) -> str:
@@ -45,8 +47,3 @@ def shown(search: Mapping[str, Any], score: float, digits: str = ".4g") -> str:
         search: the record; `maximised` says that every goal is.
     """
     return number(-score if search.get("maximised") else score, digits)
-
-
-def number(value: float, digits: str = ".4g") -> str:
-    """Four digits, and a minus sign that is one."""
-    return f"{value + 0.0:{digits}}".replace("-", "−")

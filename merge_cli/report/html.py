@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from merge_cli.planning.preparation import preparations
 from merge_cli.report import charts
+from merge_cli.report.numbers import count, duration, percent, short, size, three_decimals
 from merge_cli.report.page import (
     MAX_ROWS,
     Details,
@@ -23,19 +24,13 @@ from merge_cli.report.page import (
     Table,
     Verbatim,
     code,
-    count,
-    duration,
     figure,
     hash,
     items,
     listing,
     or_dash,
-    percent,
     render,
     section,
-    short,
-    size,
-    three_decimals,
 )
 from merge_cli.report.relations import Json, RelationsView, pairs_of, view_of
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes

@@ -8,14 +8,8 @@ from typing import Any
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Values, text_width
-from merge_cli.report.page import (
-    Figure,
-    Paragraph,
-    figure,
-    mean,
-    or_dash,
-    percent,
-)
+from merge_cli.report.numbers import percent
+from merge_cli.report.page import Figure, Paragraph, figure, mean, or_dash
 
 Json = Mapping[str, Any]
 NO_LAYERS = Paragraph("There is no chart by layer: no tensor of this model belongs to a layer.")

@@ -10,21 +10,17 @@ from collections.abc import Callable, Sequence
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale, Series, Values
+from merge_cli.report.numbers import bare_percent, number, percent, three_decimals, two_decimals
 from merge_cli.report.page import (
     MAX_ROWS,
     Details,
     Part,
     Section,
     Table,
-    bare_percent,
-    cosine,
     figure,
     or_dash,
-    percent,
     root,
     section,
-    three_decimals,
-    two_decimals,
 )
 from merge_cli.report.relations import (
     NO_LAYERS,
@@ -53,7 +49,7 @@ def alike(view: RelationsView) -> Section:
     pairs = pairs_of(view)
     if not pairs:
         return section("How alike the sources are", "", _no_pairs(view, "Cosines"))
-    scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), cosine, "cosine")
+    scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), number, "cosine")
     (low, a), (high, b) = min(pairs), max(pairs)
     summary = f"Most alike: {b} ({three_decimals(high)}); least: {a} ({three_decimals(low)})."
     if len(pairs) == 1:

@@ -23,7 +23,8 @@ from merge_cli.recipe.dump import Locate, data_from, dump_recipe, path_from
 from merge_cli.recipe.load import read_recipe
 from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference, stage_folder
 from merge_cli.recipe.schema import Recipe
-from merge_cli.report.page import Section, Table, code, duration, listing, section, size
+from merge_cli.report.numbers import duration, size
+from merge_cli.report.page import Section, Table, code, listing, section
 from merge_cli.system.raw_io import write_error
 
 
