@@ -71,7 +71,7 @@ def init(
     """Write a first recipe: inspect the models, propose a method and give the reasons."""
     from merge_cli import console, json_schema
     from merge_cli.drafting import scaffold as drafting
-    from merge_cli.drafting.scaffold import draftable
+    from merge_cli.drafting.proposals import draftable
 
     screen = console.Screen(quiet=quiet)
     if method is not None:

@@ -10,7 +10,7 @@ from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.optimizers import EvaluatedGenome
 from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, start_genome
 from merge_cli.evolve.ranking import Ranking
-from merge_cli.evolve.record import References
+from merge_cli.evolve.references import References
 from merge_cli.evolve.static import soup_start
 
 

@@ -1,32 +1,22 @@
-"""The record of a search: what the report shows, and whether it was worth it.
-
-How much each parameter mattered, as far as the candidates that were tried can tell.
-
-The models that a search begins from, evaluated as they are: base and sources.
-"""
+"""The record of a search: what the report shows, and whether it was worth it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from merge_cli.engine.memory import peak_rss
 from merge_cli.errors import GateError
-from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.run import evaluate_source
+from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.summary import Interval, interval, resampled
-from merge_cli.evolve.evaluator import reduced
-from merge_cli.evolve.jobs import goal_metrics, values_of
+from merge_cli.evolve.importance import importance
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Split, Values, sign_of
 from merge_cli.evolve.plan import SearchPlan
 from merge_cli.evolve.space import plain_values
 from merge_cli.evolve.verdict import gain_in_words, shown
-from merge_cli.planning.plan import Plan
-from merge_cli.sources.source import Source, fetch_weights
 
 FOUND = "found"
 
@@ -256,87 +246,3 @@ def score_text(split: Split, candidate: Candidate | None) -> str:
     broken = " (breaks a constraint)" if candidate.score.violation else ""
     about = {"maximised": split.is_maximised(candidate.outcome.values)}
     return f"best {shown(about, candidate.score.total, '.5g')}{broken}"
-
-
-_CANDIDATES = 10  # for each number, at least, before importance is told
-
-
-def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> list[float]:
-    """For each number of a genome, the share of the scores' variance that it explains alone.
-
-    A parabola in ranks: what has its best value in the middle counts, too. Ranks, because a few
-    very bad candidates would otherwise be all the variance there is. The share is adjusted for the
-    two coefficients (0 is chance), and says nothing of interactions.
-
-    Returns:
-        one share of 0 to 1 each; zeros where fewer than ten candidates for each number have a
-        score: then chance explains as much.
-    """
-    import numpy as np
-
-    if not genomes or len(scores) < _CANDIDATES * len(genomes[0]) or len(set(scores)) < 2:
-        return [0.0] * (len(genomes[0]) if genomes else 0)
-    y = _ranks(np.array(scores))
-    variance = float(((y - y.mean()) ** 2).sum())
-    result = []
-    for column in np.array(genomes).T:
-        x = _ranks(column)
-        terms = np.stack([np.ones_like(x), x, x * x], axis=1)
-        solution = np.linalg.lstsq(terms, y, rcond=None)[0]
-        left = float(((y - terms @ solution) ** 2).sum())
-        count = len(y)
-        adjusted = 1 - (left / (count - 3)) / (variance / (count - 1))
-        result.append(round(min(max(adjusted, 0.0), 1.0), 4))
-    return result
-
-
-def _ranks(values: Any) -> Any:
-    """Ranks from -1 to 1; equal values share their mean rank."""
-    import numpy as np
-
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks = (ends - (counts + 1) / 2)[inverse]
-    return ranks / max(len(ranks) - 1, 1) * 2 - 1
-
-
-class References:
-    """Base and sources of a plan; each is evaluated once for each split."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._measured: dict[str, dict[str, TaskResult]] = {}
-
-    def all(self) -> list[Source]:
-        """The base, then every source."""
-        plan = self._plan
-        base = [] if plan.base is None or plan.base in plan.operands else [plan.base]
-        return [plan.sources[i] for i in (*base, *plan.operands)]
-
-    def of(self, model: int) -> Source:
-        label = str(self._plan.recipe.models[model].model)
-        return next(source for source in self._plan.sources if source.label == label)
-
-    def base(self, split: Split, share: float = 1.0) -> Values | None:
-        """The base's values, where a constraint compares with it, on as many of the rows."""
-        plan = self._plan
-        if not split.needs_base or plan.base is None:
-            return None
-        return self.values(plan.sources[plan.base], split, share)
-
-    def values(self, source: Source, split: Split, share: float = 1.0) -> Values:
-        """A source's own values; found in the cache, if it was evaluated before."""
-        return values_of(self._results(source, split, share))
-
-    def metrics(self, source: Source, split: Split) -> tuple[Metric, ...]:
-        """A source's metric of each goal, with its examples."""
-        return goal_metrics(split, self._results(source, split))
-
-    def _results(self, source: Source, split: Split, share: float = 1.0) -> dict[str, TaskResult]:
-        key = f"{split.name} {share!r} {source.label}"
-        if key not in self._measured:
-            fetch_weights(source, source.header_bytes)
-            tasks = tuple(reduced(task, share) for task in split.spec.tasks)
-            result = evaluate_source(source, replace(split.spec, tasks=tasks, cache=True))
-            self._measured[key] = dict(result.tasks)
-        return self._measured[key]

@@ -16,7 +16,8 @@ from merge_cli.evolve.journal import Evaluations
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Values
 from merge_cli.evolve.plan import SearchPlan
-from merge_cli.evolve.record import FOUND, References, add_interval, build_record
+from merge_cli.evolve.record import FOUND, add_interval, build_record
+from merge_cli.evolve.references import References
 from merge_cli.evolve.static import BASE, FISHER
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.schema import Recipe

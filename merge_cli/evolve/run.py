@@ -21,7 +21,8 @@ from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import SearchPlan, plan_search
-from merge_cli.evolve.record import References, gate, score_text
+from merge_cli.evolve.record import gate, score_text
+from merge_cli.evolve.references import References
 from merge_cli.evolve.rivals import SearchOutcome, judge
 from merge_cli.evolve.static import FISHER
 from merge_cli.evolve.verdict import shown

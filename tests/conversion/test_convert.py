@@ -125,9 +125,9 @@ def test_a_finished_file_is_not_done_again(tmp_path: Path, monkeypatch: pytest.M
     own = tensors()
     names = sorted(own)
     folder = write(tmp_path / "m", [{n: own[n] for n in names[i::2]} for i in range(2)])
-    from merge_cli.conversion import run
+    from merge_cli.conversion import pickles
 
-    whole, calls = run._in_a_process, []
+    whole, calls = pickles._in_a_process, []
 
     def once(job: Any, file: Path, *rest: Any) -> Any:
         calls.append(file.name)
@@ -135,7 +135,7 @@ def test_a_finished_file_is_not_done_again(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return whole(job, file, *rest)
 
-    monkeypatch.setattr(run, "_in_a_process", once)
+    monkeypatch.setattr(pickles, "_in_a_process", once)
     with pytest.raises(Exception, match="stopped"):
         convert(str(folder), tmp_path / "out")
     found = convert(str(folder), tmp_path / "out")
@@ -175,14 +175,14 @@ def test_the_command_that_the_refusal_names(tmp_path: Path) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are converted in this process: what is tested is what becomes of them."""
-    from merge_cli.conversion import run
+    from merge_cli.conversion import pickles
 
     def answer(job: Any, file: Path, target: Path, seen: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(json.dumps(list(seen))))
             return child.main(str(file), str(target), "0", job.copies)
 
-    monkeypatch.setattr(run, "_in_a_process", answer)
+    monkeypatch.setattr(pickles, "_in_a_process", answer)
 
 
 quick = pytest.mark.usefixtures("here")
@@ -194,9 +194,9 @@ def parts_of(own: dict[str, torch.Tensor], count: int = 2) -> list[Any]:
 
 def stop_after_one(folder: Path, out: Path, **options: Any) -> None:
     """A conversion that is stopped when its first file is done."""
-    from merge_cli.conversion import run
+    from merge_cli.conversion import pickles
 
-    whole, calls = run._in_a_process, []
+    whole, calls = pickles._in_a_process, []
 
     def once(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -205,7 +205,7 @@ def stop_after_one(folder: Path, out: Path, **options: Any) -> None:
         return whole(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_in_a_process", once)
+        patch.setattr(pickles, "_in_a_process", once)
         with pytest.raises(Interrupted):
             convert(str(folder), out, **options)
 
@@ -284,11 +284,11 @@ def test_other_content_at_the_same_place(tmp_path: Path) -> None:
 
 @quick
 def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
-    from merge_cli.conversion import run
+    from merge_cli.conversion import pickles
 
     own = tensors()
     folder = write(tmp_path / "a", parts_of(own))
-    whole = run._in_a_process
+    whole = pickles._in_a_process
 
     def change(*arguments: Any) -> Any:
         found = whole(*arguments)
@@ -297,7 +297,7 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_in_a_process", change)
+        patch.setattr(pickles, "_in_a_process", change)
         with pytest.raises(SourceError, match=r"pytorch_model-00001-of-00002\.bin"):
             convert(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()

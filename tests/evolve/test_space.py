@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_cli.errors import RecipeError
-from merge_cli.evolve.record import importance
+from merge_cli.evolve.importance import importance
 from merge_cli.evolve.space import Gene, Space
 from merge_cli.methods.registry import get_method
 from merge_cli.planning.resolve import Resolver
