@@ -21,7 +21,7 @@ from merge_cli.engine.device import Device
 from merge_cli.engine.files import Files
 from merge_cli.engine.loop import task_batches
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
-from merge_cli.engine.operands import BlockReader, TensorReader
+from merge_cli.engine.operands import BlockReader, TensorReader, sample_steps
 from merge_cli.engine.pool import (
     Pool,
     arithmetic_for,
@@ -33,6 +33,7 @@ from merge_cli.engine.worker_context import HostWorker, WorkerContext
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
+from merge_cli.kernels.passes import sample_keys
 from merge_cli.kernels.streams import RelationStreams, Stored
 from merge_cli.methods.blocks import Block
 from merge_cli.options import MergeOptions, OnProgress, Progress
@@ -128,7 +129,7 @@ class _TensorSums:
             reader = self._reader_of(number)
             inputs = _small_inputs(reader, self._reader.pool.worker)
             if inputs is None:
-                self.sums[number] = self._by_blocks(reader)
+                self.sums[number] = self._of_large(reader)
             else:
                 small[number] = inputs
         if small:
@@ -141,8 +142,8 @@ class _TensorSums:
     def _stream(self, small: Mapping[int, Sequence[Stored]]) -> None:
         """One call for all of them; what the loop leaves over is measured in the plain way."""
         numbers = [*small]
-        sizes = [self._tasks[number].size for number in numbers]
-        streams = RelationStreams([*small.values()], sizes, TOP_SHARE)
+        spans = [(0, self._tasks[number].size) for number in numbers]
+        streams = RelationStreams([*small.values()], spans, TOP_SHARE)
         worker = cast(HostWorker, self._reader.pool.worker)
         left_over: set[int] = set()
         position = 0
@@ -151,36 +152,69 @@ class _TensorSums:
             position += 1
         for number, sums in zip(numbers, streams.sums(), strict=True):
             is_left = number in left_over
-            self.sums[number] = self._by_blocks(self._reader_of(number)) if is_left else sums
+            self.sums[number] = self._of_large(self._reader_of(number)) if is_left else sums
         done = sum(self._tasks[number].bytes_read for number in numbers if number not in left_over)
         self._on_measured(done)
 
-    def _by_blocks(self, reader: TensorReader) -> Relations:
-        """The sums over one tensor."""
+    def _of_large(self, reader: TensorReader) -> Relations:
+        """The sums over one tensor, span by span."""
         task, total = reader.task, Relations.empty(len(reader.task.operands) - 1)
         if not task.size:
             return total
         width = task.bytes_read // task.size
         # A small tensor is read once: its sample is all of it.
         complete = [*_sample(reader)] if task.size <= _SAMPLE else None
-        thresholds = _thresholds(complete if complete is not None else _sample(reader))
+        thresholds = _thresholds(complete) if complete else self._thresholds_by_sample(reader)
 
-        def add(blocks: Iterable[Sequence[Any]]) -> Relations:
-            sums = Relations.empty(len(task.operands) - 1)
-            for rows in blocks:
-                add_relations(rows, thresholds, sums)
+        def of_span(number: int) -> Relations:
+            sums = self._streamed(reader, number, thresholds)
+            if sums is None:
+                blocks = (_differences(block, task) for block in reader.span(number))
+                sums = _related(blocks, thresholds)
             self._on_measured(sums.count * width)
             return sums
 
-        parts = (
-            [add(complete)]
-            if complete is not None
-            else reader.map(lambda blocks: add(_differences(block, task) for block in blocks))
-        )
+        if complete is not None:
+            parts = [_related(complete, thresholds)]
+            self._on_measured(task.bytes_read)
+        else:
+            parts = self._reader.pool.map(of_span, range(len(reader.starts) - 1))
         for sums in parts:
             total.add(sums)
         total.set_chance()
         return total
+
+    def _thresholds_by_sample(self, reader: TensorReader) -> list[float]:
+        worker, task = self._reader.pool.worker, reader.task
+        run, step = sample_steps(task.size, _SAMPLE)
+        if isinstance(worker, HostWorker) and reader.can_be_stored and run <= worker.block:
+            keys = sample_keys(worker.span(task.inputs, 0, task.size, base=True), run, step)
+            if keys is not None:  # a key's float32 is the magnitude
+                return [top_threshold(row.view("float32"), TOP_SHARE) for row in keys]
+        return _thresholds(_sample(reader))
+
+    def _streamed(
+        self, reader: TensorReader, number: int, thresholds: Sequence[float]
+    ) -> Relations | None:
+        """The sums over a span in one call of a loop; None where that is not possible."""
+        worker = self._reader.pool.worker
+        if not (isinstance(worker, HostWorker) and reader.can_be_stored):
+            return None
+        inputs = worker.stored_inputs(reader.task.inputs)
+        if inputs is None:
+            return None
+        reader.read_ahead(number + 1)
+        span = reader.starts[number], reader.starts[number + 1]
+        streams = RelationStreams([inputs], [span], TOP_SHARE, thresholds)
+        return next(streams.sums()) if worker.run_streams(streams, 0) else None
+
+
+def _related(blocks: Iterable[Sequence[Any]], thresholds: Sequence[float]) -> Relations:
+    """The sums over blocks of a base and the others' differences from it."""
+    sums = Relations.empty(len(thresholds))
+    for rows in blocks:
+        add_relations(rows, thresholds, sums)
+    return sums
 
 
 def _small_inputs(reader: TensorReader, worker: WorkerContext) -> list[Stored] | None:

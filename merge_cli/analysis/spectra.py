@@ -21,9 +21,10 @@ from typing import Any
 
 from merge_cli.analysis.measures import rounded
 from merge_cli.analysis.model_set import kind_of
-from merge_cli.engine.worker_context import WorkerContext
+from merge_cli.engine.worker_context import HostWorker, WorkerContext
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.matrices import singular_values
+from merge_cli.kernels.streams import Runs
 from merge_cli.planning.plan import TensorTask
 
 SIDE = 256  # rows and columns of a sample, at most
@@ -83,21 +84,8 @@ def spectrum_of(task: TensorTask, worker: WorkerContext, seed: int) -> Spectrum:
     Args:
         task: a matrix; its first operand is the base.
     """
-    import numpy as np
-
     rows, columns = sample_positions(task.shape, seed, task.name)
-    deltas = np.empty((len(task.operands) - 1, len(rows), len(columns)))
-    if task.size <= worker.block:  # one read, whose other rows cost less than a read of each
-        loaded = worker.load(task.operands, 0, task.size, base=True, deltas=True)
-        for delta, values in zip(deltas, loaded.operands, strict=True):
-            delta[:] = to_numpy(values).reshape(task.shape)[np.ix_(rows, columns)]
-    else:
-        width = min(task.shape[1], _WINDOW)
-        for i, row in enumerate(rows):
-            start = row * task.shape[1]
-            loaded = worker.load(task.operands, start, start + width, base=True, deltas=True)
-            for delta, values in zip(deltas, loaded.operands, strict=True):
-                delta[i] = to_numpy(values)[columns]
+    deltas = _changes(task, worker, rows, columns).astype(float)
     ranks = [_ranks(delta) for delta in deltas]
     return Spectrum(
         task.name,
@@ -109,6 +97,30 @@ def spectrum_of(task: TensorTask, worker: WorkerContext, seed: int) -> Spectrum:
         tuple(stable for _, stable, _ in ranks),
         tuple(rank for _, _, rank in ranks),
     )
+
+
+def _changes(
+    task: TensorTask, worker: WorkerContext, rows: Sequence[int], columns: Sequence[int]
+) -> Any:
+    """Of every source, numpy [sources, rows, columns]."""
+    import numpy as np
+
+    width = min(task.shape[1], _WINDOW)
+    firsts = [row * task.shape[1] for row in rows]
+    if isinstance(worker, HostWorker):
+        changes = worker.read_sample(task.operands, Runs(firsts, width), columns)
+        if changes is not None:
+            return changes
+
+    def load(start: int, stop: int) -> list[Any]:
+        loaded = worker.load(task.operands, start, stop, base=True, deltas=True)
+        return [to_numpy(values) for values in loaded.operands]
+
+    if task.size <= worker.block:  # one read, whose other rows cost less than a read of each
+        chosen = np.ix_(rows, columns)
+        return np.stack([v.reshape(task.shape)[chosen] for v in load(0, task.size)])
+    of_rows = [[v[columns] for v in load(first, first + width)] for first in firsts]
+    return np.stack([np.stack(changes) for changes in of_rows], axis=1)
 
 
 def _ranks(matrix: Any) -> tuple[float | None, float | None, int | None]:

@@ -23,7 +23,7 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.files import Files, StageClock
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.kernels.fused import FORMATS, StoredBlock, stored_starts
-from merge_cli.kernels.streams import Stored, StoredSpan, Streams
+from merge_cli.kernels.streams import Runs, Stored, StoredSpan, Streams, read_sample
 
 _WIDEST = 8  # bytes of an element in the widest format
 _ALIGNMENT = 64 * 1024  # more than what aligning every input takes
@@ -182,6 +182,19 @@ class HostWorker:
         number = streams.run(first, self._bytes, self.block, spent)
         self.clock.add(spent)
         return number
+
+    def read_sample(self, tensors: Sequence[Tensor], runs: Runs, columns: Sequence[int]) -> Any:
+        """`kernels.streams.read_sample`, of tensors as they are stored; None of others."""
+        import numpy as np
+
+        stored = all(tensor.dtype in FORMATS for tensor in tensors)
+        inputs, spent = self.stored_inputs(tensors) if stored else None, np.zeros(4)
+        if inputs is None:
+            return None
+        self._holds = None
+        changes = read_sample(inputs, runs, columns, self._bytes, spent)
+        self.clock.add(spent)
+        return changes
 
     def span(
         self,

@@ -133,6 +133,7 @@ def matrix(rows: Sequence[Any]) -> Any:
     if (
         isinstance(block, np.ndarray)
         and block.ndim == 2
+        and block.dtype == rows[0].dtype  # else rows are its bytes, read as something else
         and block.shape == (len(rows), len(rows[0]))
         and block.flags.c_contiguous
         and all(_same_start(row, block[i]) for i, row in enumerate(rows))

@@ -105,6 +105,14 @@ def add_relations(rows: Sequence[Array], thresholds: Sequence[float], into: Rela
     _add_sums(rows, [max(threshold, _SMALLEST) for threshold in thresholds], into)
 
 
+def least_keys(thresholds: Sequence[float]) -> Any:
+    """The keys (bits of |x|, numpy uint32) from which on a change counts as large."""
+    import numpy as np
+
+    least = [max(threshold, _SMALLEST) for threshold in thresholds]
+    return np.array(least, np.float32).view(np.uint32)
+
+
 @primitive()
 def _add_sums(rows: Sequence[Array], least: Sequence[float], into: Relations) -> None:
     import torch
@@ -119,7 +127,6 @@ def _add_sums(rows: Sequence[Array], least: Sequence[float], into: Relations) ->
 
 @_add_sums.compiled
 def _add_sums_compiled(rows: Sequence[Array], least: Sequence[float], into: Relations) -> None:
-    import numpy as np
 
     from merge_cli.kernels import compiled
 
@@ -127,7 +134,7 @@ def _add_sums_compiled(rows: Sequence[Array], least: Sequence[float], into: Rela
     compiled.gram(stacked, into.gram)
     compiled.count_relations(
         stacked,
-        np.array(least, np.float32).view(np.uint32),
+        least_keys(least),
         into.both,
         into.agree,
         into.equal,

@@ -283,7 +283,7 @@ def sliced_names(matches: Iterable[TensorMatch]) -> Iterator[str]:
             yield from input_names(match)
 
 
-UNIT_BYTES = 48 * 1024 * 1024
+UNIT_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from merge_cli.engine import memory
 from merge_cli.engine import pool as workers
 from merge_cli.engine.device_worker import StagedWorker
 from merge_cli.engine.files import Files
+from merge_cli.engine.worker_context import HostWorker
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
 from merge_cli.kernels.matrices import singular_values
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
@@ -283,6 +284,32 @@ def test_small_tensors_together_are_as_each_alone(
     together = [numbers(of_family(family, threads=threads)) for threads in (1, 2)]
     monkeypatch.setattr(measure, "_small_inputs", lambda reader, worker: None)
     assert together == [numbers(of_family(family))] * 2
+
+
+@pytest.mark.parametrize("dtypes", [("BF16", "BF16"), ("F32", "F16")])
+def test_a_span_in_one_call_is_as_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, str]
+) -> None:
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    generator = torch.Generator().manual_seed(1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = torch.randn(900, 700, generator=generator)
+    write_model(tmp_path / "base", {name: weight.to(kinds[dtypes[0]])})
+    for model in ("a", "b"):
+        change = 0.01 * torch.randn(weight.shape, generator=generator)
+        change *= torch.rand(weight.shape, generator=generator) < 0.8
+        write_model(tmp_path / model, {name: (weight + change).to(kinds[dtypes[1]])})
+    monkeypatch.setattr(units, "UNIT_BYTES", 3 * BLOCK_MULTIPLE * 10)
+    paths = tmp_path / "a", tmp_path / "b"
+    together = numbers(analyze(*paths, base=tmp_path / "base", threads=2))
+    with monkeypatch.context() as plainly:
+        plainly.setattr(measure, "RelationStreams", None)  # none is made
+        plainly.setattr(HostWorker, "stored_inputs", lambda worker, tensors: None)
+        assert numbers(analyze(*paths, base=tmp_path / "base", threads=1)) == together
+    weight[899, 699] = math.nan
+    write_model(tmp_path / "b", {name: weight.to(kinds[dtypes[1]])})
+    with pytest.raises(NonFiniteError, match=f"element {weight.numel() - 1}"):
+        analyze(*paths, base=tmp_path / "base")
 
 
 def test_tensors_are_described_in_their_place(family: Family) -> None:

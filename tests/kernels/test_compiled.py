@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import merge_cli
 from merge_cli.engine import device
 from merge_cli.kernels import compiled, cut, elect, mask, measures, reduce
+from merge_cli.kernels.backend import matrix
 from merge_cli.kernels.convert import decode, decode_rows, encode, encode_into
 from merge_cli.kernels.cut import MagnitudeThreshold
 from tests.support.tiny import Family, merge
@@ -216,3 +217,14 @@ def test_who_computes(family: Family) -> None:
     assert device.choose_arithmetic(merge_cli.plan(family.recipe("ties")))[0] == "compiled"
     wide = family.recipe("ties", dtype="float64")
     assert device.choose_arithmetic(merge_cli.plan(wide)) == ("torch", "F64 among the tensors")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_of_a_matrix_are_not_copied(count: int) -> None:
+    """Bits that are read as numbers are not the matrix of bits that they lie in."""
+    block = np.full((count, 4), 1.5, np.float32)
+    assert matrix([*block]) is block
+    bits = block.view(np.uint32).copy()
+    read = matrix([row.view(np.float32) for row in bits])
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, block)

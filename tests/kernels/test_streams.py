@@ -22,7 +22,15 @@ from merge_cli.kernels.fused import FORMATS, Election, FusedForm, Masks, Ranks, 
 from merge_cli.kernels.keys import keys
 from merge_cli.kernels.kth_largest import kth_largest
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
-from merge_cli.kernels.streams import MergeJob, MergeStreams, RelationStreams, Stored, StoredSpan
+from merge_cli.kernels.streams import (
+    MergeJob,
+    MergeStreams,
+    RelationStreams,
+    Runs,
+    Stored,
+    StoredSpan,
+    read_sample,
+)
 from tests.support.stored import DTYPES, block_of, decoded, stored_rows
 
 BLOCK = 2048
@@ -315,7 +323,7 @@ def test_tensors_are_related_as_blocks_are(
         rows = stored_rows(rng, dtypes, size)
         inputs.append(files.put(rows, dtypes))
         expected.append(related(rows, dtypes, share))
-    streams, spent = RelationStreams(inputs, sizes, share), np.zeros(4)
+    streams, spent = RelationStreams(inputs, [(0, size) for size in sizes], share), np.zeros(4)
     assert streams.run(0, files.buffer, 4096, spent) == len(sizes)
     for ours, plain in zip(streams.sums(), expected, strict=True):
         same_sums(ours, plain)
@@ -340,7 +348,7 @@ def test_a_tensor_that_cannot_be_related_is_left_over(
         raw = np.empty(width_of(dtype), np.uint8)
         encode_into(np.array([math.nan], np.float32), dtype, raw)
         os.pwrite(files.reading, raw.tobytes(), inputs[1][2][1] + 1499 * width_of(dtype))
-    streams = RelationStreams(inputs, [1500] * 3, 0.01)
+    streams = RelationStreams(inputs, [(0, 1500)] * 3, 0.01)
     assert streams.run(0, files.buffer, BLOCK, np.zeros(4)) == 1
     assert streams.run(2, files.buffer, BLOCK, np.zeros(4)) == 3
     first, left_over, last = streams.sums()
@@ -348,3 +356,48 @@ def test_a_tensor_that_cannot_be_related_is_left_over(
     assert not left_over.gram.any()
     same_sums(first, related(tensors[0], dtypes, 0.01))
     same_sums(last, related(tensors[2], dtypes, 0.01))
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), seed=st.integers(0, 2**32), sources=st.integers(1, 4))
+def test_spans_are_related_as_blocks_are(files: Files, data: Any, seed: int, sources: int) -> None:
+    """To the last bit, in as many blocks and pieces as it takes; thresholds are given."""
+    rng, block = np.random.default_rng(seed), data.draw(st.sampled_from([BLOCK, 10 * BLOCK]))
+    sizes = data.draw(st.lists(st.sampled_from([1, 2049, 9000, 40_000]), min_size=1, max_size=3))
+    dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in range(sources + 1)]
+    thresholds = [data.draw(st.sampled_from([0.0, 1e-3, 0.5, 9e9])) for _ in range(sources)]
+    inputs, spans, expected = [], [], []
+    for size in sizes:
+        rows = stored_rows(rng, dtypes, size)
+        begin = data.draw(st.sampled_from([0, size // 2 // BLOCK * BLOCK]))
+        first, *others = (values[begin:] for values in decoded(rows, dtypes))
+        sums = Relations.empty(sources)
+        add_relations([first, *(values - first for values in others)], thresholds, sums)
+        sums.set_chance()
+        inputs.append(files.put(rows, dtypes))
+        spans.append((begin, size))
+        expected.append(sums)
+    buffer = np.zeros((sources + 1) * (4 * block + 64), np.uint8)
+    streams = RelationStreams(inputs, spans, 0.01, thresholds)
+    assert streams.run(0, buffer, block, np.zeros(4)) == len(sizes)
+    for ours, plain in zip(streams.sums(), expected, strict=True):
+        same_sums(ours, plain)
+
+
+@pytest.mark.parametrize("dtypes", [["BF16"] * 3, ["F32", "F16", "BF16"]])
+def test_columns_of_runs_are_what_was_stored(files: Files, dtypes: list[str]) -> None:
+    rng, columns, length = np.random.default_rng(0), [0, 7, 39, 699], 700
+    rows = stored_rows(rng, dtypes, 9000)
+    base, *others = decoded(rows, dtypes)
+    runs, inputs = Runs([0, 1400, 8300], length), files.put(rows, dtypes)
+    spent = np.zeros(4)
+    sample = read_sample(inputs, runs, columns, files.buffer, spent)
+    for ours, values in zip(sample, others, strict=True):
+        whole = values - base
+        for row, first in zip(ours, runs.firsts, strict=True):
+            np.testing.assert_array_equal(row, whole[first : first + length][columns])
+    assert spent[2] == 3 * length * sum(map(width_of, dtypes))
+    beyond = Runs([os.fstat(files.reading).st_size], length)
+    assert read_sample(inputs, beyond, columns, files.buffer, spent) is None

@@ -65,7 +65,7 @@ from merge_cli.kernels.compiled.products import (
     project_rows,
 )
 from merge_cli.kernels.compiled.ranks import kth_largest, rank_stored
-from merge_cli.kernels.compiled.relations import count_relations, relate_streams
+from merge_cli.kernels.compiled.relations import count_relations, read_sample, relate_streams
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, reflect, tridiagonal
 from merge_cli.kernels.compiled.streams import (
     count_stream,
@@ -154,6 +154,7 @@ __all__ = [
     "quick_change",
     "rank_stored",
     "read_pieces",
+    "read_sample",
     "relate_streams",
     "sample_stream",
     "reflect",

@@ -1,4 +1,4 @@
-"""How sources relate, element by element, in memory or read from files: see `kernels.measures`."""
+"""How sources relate, in memory or read from files: see `kernels.measures`."""
 
 from __future__ import annotations
 
@@ -94,18 +94,22 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
 
 call_count, call_gram = count_relations.by_address, gram.by_address
 call_rank = kth_largest.by_address
+_PIECE = 8 * CHUNK  # elements that are related while they lie in the L2 cache, four rows of them
 
 
 @kernel(
-    "i8(i8[::1], u1[::1], i8[:, :, ::1], i8[::1], i8[::1], f8[:, :, ::1], i8[:, :, ::1], "
-    "i8[:, :, ::1], i8[:, :, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8, i8, f8[::1])"
+    "i8(i8[::1], u1[::1], i8, i8[:, :, ::1], i8[:, ::1], i8[::1], u4[:, ::1], f8[:, :, ::1], "
+    "i8[:, :, ::1], i8[:, :, ::1], i8[:, :, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8, i8, "
+    "f8[::1])"
 )
 def relate_streams(
     addresses,
     buffer,
+    block,
     inputs,
-    sizes,
+    spans,
     ranks,
+    thresholds,
     sums,
     both,
     agree,
@@ -117,44 +121,83 @@ def relate_streams(
     clock,
     spent,
 ):
-    """Read whole tensors, from number `first` on, and add the sums of `gram` and `count_relations`.
+    """Read spans of tensors, from number `first` on, and add what `gram` and `count_relations` do.
 
     Args:
         addresses: of `kth_largest`, `gram` and `count_relations`.
-        buffer: room for every input of the largest tensor, numpy uint8.
+        buffer: room for a block of every input, numpy uint8.
+        block: elements that are read at once.
         inputs: see `files`; the first one of each tensor is its base.
-        sizes: elements of each tensor.
-        ranks: how many of a source's changes are its largest.
+        spans: the elements of each: where they begin and end.
+        ranks: how many of a source's changes are its largest, where a span is a whole tensor of
+            at most a block; 0 where `thresholds` has their keys.
+        thresholds: for each source of each span, as `count_relations` takes them.
         clock, spent: as `merge_streams` takes them.
 
     Returns:
-        the tensor that stopped, because it cannot be read, or is not finite; their number if none
-        did. Nothing is added for it.
+        the span that stopped, because it cannot be read, or is not finite; their number if none
+        did. Of one that stops, the sums are of no use.
     """
     operands = inputs.shape[1]
     starts, kinds = np.empty(operands, np.int64), np.empty(operands, np.int64)
     counts, keys = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.int64)
-    last, thresholds = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.uint32)
-    for j in range(first, len(sizes)):
-        size, is_finite = sizes[j], True
-        layout(inputs[j], size, starts, kinds)
-        if not load_block(inputs[j], 0, size, buffer, starts, kinds, clock, spent):
-            return j
-        rows = np.empty((operands, size), np.float32)
-        for begin in range(0, size, TILE):
-            length = min(TILE, size - begin)
-            base = rows[0, begin : begin + length]
-            for i in range(operands):
-                raw = tile_of(buffer, starts[i], kinds[i], begin, length)
-                row = rows[i, begin : begin + length]
-                is_finite &= load_tile(raw, kinds[i], i > 0, base, row)
-        if not is_finite:
-            return j
-        counts[:] = ranks[j]
-        call_rank(addresses[0], (rows[1:], counts, keys, last))
-        for s in range(len(keys)):
-            thresholds[s] = max(keys[s], 1)  # nothing that is 0 is among the largest
-        call_gram(addresses[1], (rows, sums[j]))
+    last, least = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.uint32)
+    for j in range(first, len(spans)):
         relations = both[j], agree[j], equal[j], large[j], steps[j], contest[j]
-        call_count(addresses[2], (rows, thresholds, *relations))
-    return len(sizes)
+        least[:] = thresholds[j]
+        for begin in range(spans[j, 0], spans[j, 1], block):
+            size = min(block, spans[j, 1] - begin)
+            layout(inputs[j], size, starts, kinds)
+            if not load_block(inputs[j], begin, size, buffer, starts, kinds, clock, spent):
+                return j
+            piece = size if ranks[j] else _PIECE
+            for at in range(0, size, piece):
+                rows, is_finite = np.empty((operands, min(piece, size - at)), np.float32), True
+                for tile in range(0, rows.shape[1], TILE):
+                    length = min(TILE, rows.shape[1] - tile)
+                    base = rows[0, tile : tile + length]
+                    for i in range(operands):
+                        raw = tile_of(buffer, starts[i], kinds[i], at + tile, length)
+                        row = rows[i, tile : tile + length]
+                        is_finite &= load_tile(raw, kinds[i], i > 0, base, row)
+                if not is_finite:
+                    return j
+                if ranks[j]:
+                    counts[:] = ranks[j]
+                    call_rank(addresses[0], (rows[1:], counts, keys, last))
+                    for s in range(len(keys)):
+                        least[s] = max(keys[s], 1)  # nothing that is 0 is among the largest
+                call_gram(addresses[1], (rows, sums[j]))
+                call_count(addresses[2], (rows, least, *relations))
+    return len(spans)
+
+
+@kernel("boolean(u1[::1], i8[:, ::1], i8[::1], i8, i8[::1], f4[:, :, ::1], i8, f8[::1])")
+def read_sample(buffer, inputs, firsts, length, columns, changes, clock, spent):
+    """Of runs of every input some columns, less those of the first input.
+
+    Args:
+        buffer: room for a run of every input, numpy uint8.
+        inputs: see `files`.
+        firsts, length: where the runs begin, and their elements.
+        columns: within a run.
+        changes: float32 [inputs - 1, runs, columns], filled.
+        clock, spent: as `merge_streams` takes them.
+
+    Returns:
+        whether all could be read.
+    """
+    operands = len(inputs)
+    starts, kinds = np.empty(operands, np.int64), np.empty(operands, np.int64)
+    base, row = np.empty(length, np.float32), np.empty(length, np.float32)
+    layout(inputs, length, starts, kinds)
+    for r in range(len(firsts)):
+        if not load_block(inputs, firsts[r], length, buffer, starts, kinds, clock, spent):
+            return False
+        for i in range(operands):
+            raw = tile_of(buffer, starts[i], kinds[i], 0, length)
+            load_tile(raw, kinds[i], i > 0, base, row if i > 0 else base)
+            if i > 0:
+                for c in range(len(columns)):
+                    changes[i - 1, r, c] = row[columns[c]]
+    return True
