@@ -44,7 +44,7 @@ _SYNC_BYTES = 2_000_000_000
 _MODEL_PASS = "reading the whole model first, for thresholds over all of it"
 # Of the inputs of small tensors that a thread takes at once. Fewer where there are many threads:
 # each should come back for more so many times, or some have nothing to do at the end.
-_BATCH_BYTES, _TURNS = 64 * 2**20, 16
+_BATCH_BYTES, _TURNS = 128 * 2**20, 16
 Merged = Sequence[tuple[Chunk, TensorStats]]
 Done = queue.SimpleQueue["Merged | BaseException | None"]
 
