@@ -3,7 +3,8 @@
 `compare` reads them before anything is learned, searched or merged. A model may store tied weights
 several times: one of the copies is merged, or each by itself. Integers have no mean: one model's
 are copied, and another model's must be the same. Masks and positions are. The codes of quantised
-weights are not, and without the word of a config nobody could tell that they are codes.
+weights are not, and without the word of a config nobody could tell that they are codes. Nor is a
+weight that one model stores as numbers and another as integers: headers tell that.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 
 from merge_cli.checkpoint.dtypes import MERGEABLE, width_of
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, reading
-from merge_cli.errors import SourceError
+from merge_cli.errors import Problem, SourceError
 
 _AT_ONCE = 1 << 20  # elements
-# Counters and flags may differ: they say nothing of the weights, and no weight is stored in them.
+# Rows of counters and flags may differ: they say nothing of the weights, and no weight is a row of
+# them. A matrix might be one.
 _MAY_DIFFER = ("I64", "U64", "BOOL")
 
 
@@ -55,9 +57,15 @@ class Copies:
         return f"{second.model}: {second.name} {message}, {done}"
 
 
+_CODES = (
+    "If they are the codes of quantised weights, config.json must say how to read them "
+    "(`quantization_config`)."
+)
+
+
 @dataclass(frozen=True)
 class Integers:
-    """A tensor of integers in two models, the first of which is copied."""
+    """A tensor of integers, or of complex numbers, in two models; the first one's is copied."""
 
     first: Tensor
     second: Tensor
@@ -69,30 +77,41 @@ class Integers:
             SourceError: always, since what was copied would be wrong for the second model.
         """
         first, second = self.first, self.second
-        message = f"holds other integers than {first.model} (first at element {element})"
-        if first.dtype != second.dtype:
-            message = f"is stored as {second.dtype}, and as {first.dtype} in {first.model}"
-        hint = (
-            "Integers are not merged. If they are the codes of quantised weights, config.json must "
-            "say how to read them (`quantization_config`)."
-        )
+        kind = "complex numbers" if first.dtype.startswith("C") else "integers"
+        message = f"holds other {kind} than {first.model} (first at element {element})"
+        hint = f"{kind.capitalize()} are not merged. {_CODES}"
         raise SourceError(message, model=second.model, tensor=second.name, hint=hint)
+
+
+def unlike_dtypes(name: str, tensors: Sequence[Tensor], labels: Sequence[str]) -> Problem | None:
+    """Why one tensor of each model, of which some are not floats, cannot be taken for the first.
+
+    Args:
+        tensors: of one shape, of which the first would be copied.
+        labels: of their models.
+    """
+    if tensors[0].size < 2 or len(_kinds(tensors)) == 1:
+        return None
+    stored = [f"{label} {tensor.dtype}" for label, tensor in zip(labels, tensors, strict=True)]
+    message = f"it is not stored as numbers of one kind: {', '.join(dict.fromkeys(stored))}"
+    return Problem(message, name, hint=f"Only floats are merged. {_CODES}")
+
+
+def _kinds(tensors: Sequence[Tensor]) -> set[str]:
+    """Their dtypes; those of floats, which can be merged, are one."""
+    return {"" if tensor.dtype in MERGEABLE else tensor.dtype for tensor in tensors}
 
 
 def integers_of(tensors: Sequence[Tensor]) -> list[Integers]:
     """What to compare where one tensor of each model stands under a name, and the first is copied.
 
     Args:
-        tensors: of one shape.
+        tensors: of one shape and dtype.
     """
     first, *others = tensors
-    if first.size < 2:
-        return []  # a counter
-    return [
-        Integers(first, other)
-        for other in others
-        if not {first.dtype, other.dtype} <= {*MERGEABLE, *_MAY_DIFFER}
-    ]
+    if first.size < 2 or (first.dtype in _MAY_DIFFER and first.size == max(first.shape)):
+        return []  # a counter, or a row of them
+    return [Integers(first, other) for other in others]
 
 
 def compare(pairs: Sequence[Copies | Integers]) -> tuple[str, ...]:

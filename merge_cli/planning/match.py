@@ -19,8 +19,8 @@ from merge_cli.checkpoint.tensors import (
     shapes_in_order,
 )
 from merge_cli.errors import Problem
-from merge_cli.planning.absent import BUFFER, AbsentTensors
-from merge_cli.planning.equal_tensors import integers_of
+from merge_cli.planning.absent import BUFFER, BUFFERS, AbsentTensors
+from merge_cli.planning.equal_tensors import integers_of, unlike_dtypes
 from merge_cli.planning.layers import (
     LayerKey,
     LayerPosition,
@@ -229,8 +229,13 @@ def _match_tensor(
                 message = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
                 into.problems.append(Problem(message, name, hint="Convert the model to bfloat16."))
                 return None
-        why = f"{present[0].dtype} is not merged: copied"
-        into.integers += integers_of(present)
+        is_buffer = name.endswith(BUFFERS)  # whatever it is stored as, models compute it
+        if not is_buffer and (unlike := unlike_dtypes(name, present, labels)):
+            into.problems.append(unlike)
+            return None
+        dtype = next(ref.dtype for ref in present if ref.dtype not in _MERGEABLE)
+        why = f"{dtype} is not merged: copied"
+        into.integers += [] if is_buffer else integers_of(present)
     if why:
         reference = (
             output_slice.reference.source

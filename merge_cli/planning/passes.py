@@ -130,7 +130,10 @@ def compare_settings(draft: Draft) -> Draft:
     recipe, sources = draft.recipe, draft.sources
     template, template_notes = choose_template(recipe, sources)
     vocabularies = vocabulary_notes(sources) if recipe.tokenizer is None else ()
-    notes = (*config_notes(sources, draft.config_index), *vocabularies, *template_notes)
+    operands = [operand for part in draft.slices for operand in part.operands]
+    whole = not recipe.modules and all(operand.layers is None for operand in operands)
+    differences = config_notes(sources, draft.config_index, counts_layers=whole)
+    notes = (*differences, *vocabularies, *template_notes)
     return draft.noting(notes, template=template)
 
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from merge_cli.checkpoint.class_config import UnknownClass
+from merge_cli.checkpoint.config import layer_count
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.planning.absent import BUFFERS
+from merge_cli.planning.layers import heights, layers_of
 from merge_cli.planning.skeleton import Kind, Shapes, Skeleton, build
 from merge_cli.sources.source import Source
 from merge_cli.system.untrusted import read_mapping
@@ -55,7 +57,7 @@ def check_structure(
         config: the output's.
         config_source: whose config it is made from.
         source_tensors: of the config source; an output with its names, shapes and config is not
-            checked.
+            checked, unless layers are missing that the config counts.
         sources: every model, whose own faults are no news.
         origins: of layers that were stacked.
 
@@ -70,7 +72,11 @@ def check_structure(
     if not config_source.config or "" not in config_source.stems:
         return _undecided(origins, "")
     shapes = _model_shapes(shapes, config_source)
-    if origins is None and _unchanged(config, shapes, config_source, source_tensors):
+    if (
+        origins is None
+        and _unchanged(config, shapes, config_source, source_tensors)
+        and _has_layers(config, shapes)
+    ):
         return []
     try:
         made = _build(config, shapes, origins is not None)
@@ -118,6 +124,15 @@ def _unchanged(
     there: Shapes = dict(zip(source_tensors, stored, strict=True))
     there = _model_shapes(there, config_source)
     return there == shapes or _without_buffers(there) == _without_buffers(shapes)
+
+
+def _has_layers(config: Mapping[str, object], shapes: Shapes) -> bool:
+    """Whether some stack has all the layers that the config counts, or it counts none.
+
+    More may stand behind them, for predicting several tokens.
+    """
+    count = layer_count(config)
+    return count is None or any(n >= count for n in heights(layers_of([*shapes])).values())
 
 
 def _without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import merge_cli
+from merge_cli.checkpoint.class_config import written_out
 from merge_cli.checkpoint.config import class_defaults
 from merge_cli.planning.config_notes import config_notes
 from merge_cli.sources.source import Source
@@ -68,7 +69,8 @@ def test_what_matters_is_told(key: str, one: Any, other: Any) -> None:
         ("attention_dropout", 0.0, 0.1),
         ("resid_pdrop", 0.0, 0.1),
         ("eos_token_id", 2, [2, 3]),
-        ("architectures", ["A"], ["B"]),
+        ("pad_token_id", 0, 7),
+        ("architectures", ["LlamaForCausalLM"], ["LlamaModel"]),
         ("vocab_size", 10, 20),
         ("temperature", 0.7, 1.0),
         ("rope_theta", 10000, 10000.0),
@@ -173,6 +175,140 @@ def test_a_text_model_and_one_that_sees() -> None:
     assert notes(seeing, deeper) == [
         "image_token_id differs: a 7; b 8",
         "vision_config.depth differs: a 4; b 5",
+    ]
+
+
+LAYERS = [f"{'full' if i % 6 == 5 else 'sliding'}_attention" for i in range(48)]
+
+
+def test_long_values_are_told_where_they_differ() -> None:
+    """However far behind: values are compared whole, and cut for the line alone."""
+    for at in (0, 3, 47):
+        other = [*LAYERS]
+        other[at] = "chunked_attention"
+        (line,) = notes({**BASE, "layer_types": LAYERS}, {**BASE, "layer_types": other})
+        assert line == (f'layer_types[{at}] differs: a "{LAYERS[at]}"; b "chunked_attention"')
+    factors = [1.0 + i / 100 for i in range(48)]
+    longrope = {"type": "longrope", "long_factor": factors, "short_factor": factors}
+    changed = {**longrope, "long_factor": [*factors[:-1], 64.0]}
+    (line,) = notes({**BASE, "rope_scaling": longrope}, {**BASE, "rope_scaling": changed})
+    assert line == "rope_scaling.long_factor[47] differs: a 1.47; b 64"
+    labels = {str(i): f"label{i}" for i in range(40)}
+    one, other_one = {**BASE, "id2label": labels}, {**BASE, "id2label": {**labels, "39": "none"}}
+    assert notes(one, other_one) == ['id2label.39 differs: a "label39"; b "none"']
+    text = "x" * 200
+    (line,) = notes({**BASE, "words": text + "a"}, {**BASE, "words": text + "b"})
+    assert line == f'words differs: a ...{"x" * 20}a"; b ...{"x" * 20}b"'
+    (line,) = notes({**BASE, "words": text}, {**BASE, "words": text + "b"})
+    assert line.endswith('b"')
+    assert notes({**BASE, "sizes": [1.0, {"a": 2}]}, {**BASE, "sizes": [1, {"a": 2.0}]}) == []
+
+
+def test_configs_in_configs_are_read_as_configs() -> None:
+    """Whatever their key is called."""
+
+    def pair(**keys: Any) -> dict[str, Any]:
+        parts = {"model_type": "t5gemma", "architectures": ["T5GemmaForConditionalGeneration"]}
+        decoder = {"model_type": "t5_gemma_module", "vocab_size": 9, "rms_norm_eps": 1e-6, **keys}
+        return {**parts, "encoder": {"model_type": "t5_gemma_module"}, "decoder": decoder}
+
+    assert notes(pair(), pair(rms_norm_eps=1e-5)) == [
+        "decoder.rms_norm_eps differs: a 1e-06; b 1e-05"
+    ]
+    assert notes(pair(), pair(attention_dropout=0.5, vocab_size=10)) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "default"), [("phi", 0.5), ("glm", 0.5), ("nemotron", 0.5), ("stablelm", 0.25)]
+)
+def test_a_default_that_a_class_computes_is_its_own(model_type: str, default: float) -> None:
+    silent = {**BASE, "model_type": model_type}
+    assert notes(silent, {**silent, "partial_rotary_factor": default}) == []
+    assert notes({**silent, "partial_rotary_factor": default}, silent) == []
+    (line,) = notes(silent, {**silent, "partial_rotary_factor": 1.0})
+    assert line.startswith("partial_rotary_factor differs: a nothing; b 1")
+
+
+def test_where_both_spellings_stand_each_counts() -> None:
+    for empty in ({"hidden_activation": None}, {}):
+        one = {**BASE, "hidden_act": "gelu_pytorch_tanh", **empty}
+        other = {**BASE, "hidden_act": "silu", **empty}
+        expected = ['hidden_act differs: a "gelu_pytorch_tanh"; b "silu"']
+        assert notes(one, other) == expected
+        assert notes(dict(reversed(one.items())), dict(reversed(other.items()))) == expected
+    both = {**BASE, "hidden_act": "gelu", "hidden_activation": "silu"}
+    assert notes(both, {**both, "hidden_act": "relu"}) == ['hidden_act differs: a "gelu"; b "relu"']
+    assert notes(both, {**both, "hidden_activation": "relu"}) == [
+        'hidden_activation differs: a "silu"; b "relu"'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "told"),
+    [
+        ("llama", "LlamaForCausalLM", False),
+        ("llama", "LlamaForSequenceClassification", True),
+        ("bert", "BertModel", True),
+        ("roberta", "RobertaForMaskedLM", True),
+        ("roberta", "RobertaForCausalLM", True),
+        ("m2m_100", "M2M100ForConditionalGeneration", True),
+        ("whisper", "WhisperForConditionalGeneration", False),
+    ],
+)
+def test_tokens_that_a_class_computes_with_are_told(
+    model_type: str, architecture: str, told: bool
+) -> None:
+    """RoBERTa counts positions from the padding's number, and a classifier pools before it."""
+    one = {"model_type": model_type, "architectures": [architecture], "pad_token_id": 1}
+    assert notes(one, {**one, "pad_token_id": 5}) == ["pad_token_id differs: a 1; b 5"] * told
+
+
+def test_every_key_of_every_class_is_told_or_listed() -> None:
+    """A change of the last entry of any value of any config that transformers has."""
+    import transformers
+
+    from merge_cli.planning.config_meaning import _IGNORED, _IGNORED_KINDS, _SPELLINGS, _TOKENS
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, int | float):
+            return value + 1
+        if isinstance(value, str):
+            return value + "x"
+        return [*value[:-1], changed(value[-1])] if isinstance(value, list) and value else None
+
+    transformers.logging.set_verbosity_error()
+    silent: list[bool] = []
+    windows = ("sliding_window", "max_window_layers", "use_sliding_window")  # of no layer
+    for kind in [*transformers.CONFIG_MAPPING][::7]:
+        try:
+            text = transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False)
+        except Exception:  # wants arguments, or a package that is not here
+            continue
+        config = json.loads(text)
+        for key, value in config.items():
+            other = changed(value)
+            is_listed = key in _IGNORED or _IGNORED_KINDS.search(key) or _TOKENS.search(key)
+            if other is None or is_listed or _SPELLINGS.get(key, key) in _IGNORED:
+                continue
+            if not notes(config, {**config, key: other}):
+                silent.append(written_out(config) == written_out({**config, key: other}))
+                assert silent[-1] or key in windows, (kind, key)
+
+
+def test_what_the_whole_says_beside_its_language_model() -> None:
+    """By a key that both have: the part's counts as the model's own, the whole's as the whole's."""
+    text = {**BASE, "projection_dim": 8}
+    whole = {"model_type": "clip", "text_config": text, "projection_dim": 8}
+    assert notes(whole, {**whole, "projection_dim": 9}) == [
+        "projection_dim of the whole model differs: a 8; b 9"
+    ]
+    assert notes(whole, {**whole, "text_config": {**text, "projection_dim": 9}}) == [
+        "projection_dim differs: a 8; b 9"
+    ]
+    assert notes(whole, {**whole, "text_config": {**text, "model_type": "mistral"}}) == [
+        'model_type of the language model differs: a "llama"; b "mistral"'
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.errors import SourceError
+from merge_cli.errors import MismatchError, SourceError
 from tests.support import dam_tiny, evolve_tiny
 from tests.support.tiny import llama_config, llama_tensors, merge, write_model
 
@@ -66,16 +66,58 @@ def test_the_base_counts_too(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_another_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="is stored as U8, and as I32 in ./m0"):
-        merged(tmp_path, integers(torch.int32), integers(torch.uint8))
+@pytest.mark.parametrize("other", [torch.uint8, torch.int64, torch.float32, torch.complex64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_another_dtype_is_refused_in_the_plan(
+    tmp_path: Path, other: torch.dtype, turned: bool
+) -> None:
+    pair = integers(torch.int32), integers(torch.int32).to(other)
+    with pytest.raises(MismatchError, match=f"{NAME}.*not stored as numbers of one kind"):
+        merged(tmp_path, *(pair[::-1] if turned else pair))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8, torch.complex64])
+def test_a_weight_that_one_model_stores_otherwise_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Neither dropped nor taken for the result; the plan says so."""
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    for name, tensor in (("a", WEIGHTS[weight]), ("b", WEIGHTS[weight].to(dtype))):
+        write_model(tmp_path / name, {**WEIGHTS, weight: tensor}, llama_config())
+    for models in ("[./a, ./b]", "[./b, ./a]"):
+        (tmp_path / "r.yaml").write_text(f"merge_method: linear\nmodels: {models}")
+        with pytest.raises(MismatchError) as caught:
+            merge_cli.plan(tmp_path / "r.yaml")
+        assert weight in str(caught.value)
+        assert "./a BF16" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_matrix_of_anything_but_floats_is_the_same_in_all(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A row of counters or flags may differ; a matrix could be a weight."""
+    same, other = torch.tensor([[1, 2], [0, 1]]).to(dtype), torch.tensor([[1, 2], [1, 0]]).to(dtype)
+    assert torch.equal(merged(tmp_path / "same", same, same), same)
+    kind = "complex numbers" if dtype.is_complex else "integers"
+    with pytest.raises(SourceError, match=f"holds other {kind}"):
+        merged(tmp_path / "other", same, other)
+
+
+def test_a_buffer_is_copied_whatever_it_is_stored_as(tmp_path: Path) -> None:
+    name = "model.embeddings.position_ids"
+    for model, dtype in (("a", torch.int64), ("b", torch.float32), ("c", torch.int32)):
+        write_model(tmp_path / model, {**WEIGHTS, name: torch.arange(9).to(dtype)}, llama_config())
+    (tmp_path / "r.yaml").write_text("merge_method: linear\nmodels: [./a, ./b, ./c]")
+    assert merge(tmp_path / "r.yaml", tmp_path / "out")[name].tolist() == [*range(9)]
 
 
 @pytest.mark.parametrize(
     "pair",
     [
         (torch.tensor([[1, 2]]), torch.tensor([[1, 3]])),
-        (torch.tensor([[True, False]]), torch.tensor([[True, True]])),
+        (torch.tensor([True, False]), torch.tensor([True, True])),
+        (torch.tensor(3, dtype=torch.int32), torch.tensor(4.5)),
         (torch.tensor(3, dtype=torch.int32), torch.tensor(4, dtype=torch.int32)),
         (torch.tensor([3], dtype=torch.uint8), torch.tensor([4], dtype=torch.uint8)),
     ],

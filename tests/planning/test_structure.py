@@ -226,6 +226,23 @@ def test_a_config_that_does_not_fit_the_rows(tmp_path: Path) -> None:
     })  # fmt: skip
 
 
+def test_a_config_that_counts_more_layers_than_there_are(tmp_path: Path) -> None:
+    """Names and shapes are its source's own, and its class would make up a layer."""
+    family = llama_family(tmp_path)
+    layers = llama_config()["num_hidden_layers"]
+    config = {**llama_config(), "num_hidden_layers": layers + 1}
+    (family.folder / "a" / "config.json").write_text(json.dumps(config))
+    recipe = family.folder / "r.yaml"
+    recipe.write_text("merge_method: soup\nmodels: [a, b]")
+    with pytest.raises(MismatchError, match=f"layers.{layers}.*made up"):
+        merge_cli.plan(recipe)
+    recipe.write_text("merge_method: soup\nmodels: [b, a]")
+    (line,) = [note for note in merge_cli.plan(recipe).notes if "num_hidden_layers" in note]
+    assert (
+        f"num_hidden_layers differs: b {layers}; a {layers + 1}; the output has that of b" in line
+    )
+
+
 def test_a_fault_of_the_sources_is_a_note(tmp_path: Path) -> None:
     write_pair(tmp_path)
     for name in "ab":
