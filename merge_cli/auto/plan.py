@@ -24,10 +24,12 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.recipe.statistics import fitting_statistics
+from merge_cli.recipe.statistics import Statistics, fitting_statistics
+from merge_cli.recipe.training import WHOLE_STARTS, Training
+from merge_cli.recipe.training_presets import preset
 from merge_cli.recipe.values import Parameter
 
-_JOURNAL = 2  # the form of its lines
+_JOURNAL = 3  # the form of its lines
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 
@@ -43,6 +45,7 @@ class Step:
         tokens: that models read to make it, about; measuring it not counted.
         work: what a token costs, in forward passes, about.
         weights: of each source in a merge that a search can start from.
+        begins_at_best: learning that is told where to start: at the best merge that was tried.
     """
 
     name: str
@@ -51,6 +54,17 @@ class Step:
     tokens: int = 0
     work: int = 1
     weights: tuple[float, ...] = ()
+    begins_at_best: bool = False
+
+    @property
+    def start(self) -> Any:
+        """What `training.start` calls this merge; None where learning cannot start at it."""
+        if self.method in WHOLE_STARTS:
+            return self.method
+        if self.name == SOUP:
+            return "soup"
+        # Every source with one weight: task arithmetic, or the base.
+        return self.weights[0] if len({*self.weights}) == 1 and self.recipe.base_model else None
 
     @property
     def prepares(self) -> bool:
@@ -169,9 +183,26 @@ def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Itera
         yield Step(SEARCH, SEARCH, merge, candidate_count(len(recipe.models)) * candidate)
     if "dam" in methods:
         merge = recipe.with_result("dam", models=specs, budget=None, methods=())
+        is_told = _is_told_start(recipe)
+        if is_told:
+            # `Trials` says where it starts. What is gathered then is what was gathered before it.
+            learning = replace(_asked(recipe), start="soup", baselines=False)
+            statistics = recipe.statistics or Statistics()
+            merge = replace(merge, training=learning, statistics=statistics)
         training = plan_training(make_plan(merge), options.device)
         tokens = sum(len(item.ids) for data in training.datasets for item in data.train)
-        yield Step("dam", "dam", merge, tokens, 8)
+        yield Step("dam", "dam", merge, tokens, 8, begins_at_best=is_told)
+
+
+def _is_told_start(recipe: Recipe) -> bool:
+    """Whether the steps before learning measure what it could start at."""
+    asked, methods = _asked(recipe), methods_of(recipe)
+    is_free = asked.start == "best" and asked.baselines and asked.form != "soup"
+    return is_free and any(method in methods for method in WHOLE_STARTS)
+
+
+def _asked(recipe: Recipe) -> Training:
+    return recipe.training or preset("default")
 
 
 def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], device: str) -> str:

@@ -1,8 +1,8 @@
 """Which step is tried next: their order, the budget, the search's candidates, and what is done.
 
 Steps begin in their order. With one worker each one ends before the next begins. With several,
-what does not depend on another step is tried at the same time: only the search waits, for the
-merges that it may start from.
+what does not depend on another step is tried at the same time: only the search and learning wait,
+for the merges that they may start from.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from merge_cli.auto.checks import SEARCH
@@ -101,6 +102,8 @@ class Trials:
         if plan is not None:
             return Job(name, plan, "", part)
         recipe = step.recipe
+        if step.begins_at_best:
+            recipe = self._begun_at_best(recipe)
         if step.method == SEARCH:
             recipe = weighted(recipe, self._weights())
         return Job(name, self._plan(recipe), step.method if step.prepares else "", part)
@@ -161,7 +164,22 @@ class Trials:
         is_timed = self._decided.budget.minutes is not None
         if is_timed and step is not first and first.name not in self._lines:
             return False  # it shows how fast measuring is
-        return step.method != SEARCH or not any(self._steps[name].weights for name in self._busy)
+        busy = [self._steps[name] for name in self._busy]
+        if step.method == SEARCH:
+            return not any(other.weights for other in busy)
+        return not step.begins_at_best or all(other.method == SEARCH for other in busy)
+
+    def _begun_at_best(self, recipe: Recipe) -> Recipe:
+        """Learning that starts at the best of the merges before it that it can start at."""
+        measured = [
+            (line["loss"], start)
+            for name, line in self._lines.items()
+            if (start := self._steps[name].start) is not None and line["loss"] is not None
+        ]
+        if not measured:
+            return recipe
+        _, best = min(measured, key=lambda pair: pair[0])
+        return replace(recipe, training=replace(recipe.learning, start=best))
 
     def _of_search(self) -> Job | None:
         """The next candidate; at the end the best of them, once."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from merge_cli.data.rows import read_data
+from merge_cli.data.rows import part_of, read_data
 from merge_cli.data.sequences import data_files, sequences, short_names, within
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.forward import Example
@@ -138,6 +138,8 @@ def _validation_and_test(
     """
     most, tokens = training.held_out_examples, training.held_out_tokens
     validation = within(examples_of(rows, most), tokens)
+    if not training.baselines:
+        return validation, ()
     used, cut_from = 0, 0
     while used < len(rows) and cut_from < len(validation):
         cut_from += len(examples_of(rows[used : used + 1], None))
@@ -146,7 +148,12 @@ def _validation_and_test(
 
 
 def _divided(recipe: Recipe, data: Data, name: str, training: Training) -> _Divided:
-    """Rows of one source, by content: all rows that say the same are on one side."""
+    """Rows of one source, by content: all rows that say the same are on one side.
+
+    Beside `part: train` the other parts are held out: validation first, which chooses.
+    """
+    if data.part == "train" and not data.held_out:
+        return _in_parts(recipe, data, name)
     rows = read_data(data, data_files(data.files, recipe))
     mixed = list(rows)
     random.Random(f"{recipe.seed}:{name}:split").shuffle(mixed)
@@ -163,6 +170,18 @@ def _divided(recipe: Recipe, data: Data, name: str, training: Training) -> _Divi
     held_out = dict(list(contents.items())[:count])
     chosen = {id(row) for row in held_out.values()}
     return _Divided(name, [row for row in mixed if id(row) not in chosen], held_out, len(rows))
+
+
+def _in_parts(recipe: Recipe, data: Data, name: str) -> _Divided:
+    """Rows that are divided already, by what they say alone: whatever the seed."""
+    rows = read_data(replace(data, part="all"), data_files(data.files, recipe))
+    mixed = list(rows)
+    random.Random(f"{recipe.seed}:{name}:split").shuffle(mixed)
+    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in mixed:
+        parts[part_of(row)].append(row)
+    held_out = distinct([*parts["validation"], *parts["test"]])
+    return _Divided(name, parts["train"], held_out, len(rows))
 
 
 def steps_of(datasets: Sequence[Dataset], training: Training) -> int:

@@ -33,7 +33,7 @@ from merge_cli.system.machine import torch_threads
 
 # Options that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
-_FORMAT = 4
+_FORMAT = 5
 START = "start"  # the folder in OUT of the merge that learning has started from
 _SMALLER = (
     "Try a smaller batch_tokens, checkpointing: true, residency: disk, or dtype: bfloat16."

@@ -50,8 +50,9 @@ def choose_start(
         whole: the tensors of whole merges, by their methods.
     """
     passes, start = validation.passes, decided.training.start
-    compared: list[Mixture | Whole] = [*compared_mixtures(decided)]
-    compared += [Whole(name, tensors) for name, tensors in whole.items()]
+    compared: list[Mixture | Whole] = [Whole(name, tensors) for name, tensors in whole.items()]
+    if decided.training.baselines:
+        compared = [*compared_mixtures(decided), *compared]
     scores = baselines(
         student,
         forward,
@@ -93,7 +94,8 @@ def start_candidates(decided: TrainingPlan) -> tuple[str, ...]:
     """The merges without training that are measured before it; none without held-out rows."""
     if not any(dataset.held_out for dataset in decided.datasets):
         return ()
-    names = [mixture.name for mixture in compared_mixtures(decided)]
+    mixtures_named = compared_mixtures(decided) if decided.training.baselines else []
+    names = [mixture.name for mixture in mixtures_named]
     return (*names, *(merge.method for merge in decided.static))
 
 

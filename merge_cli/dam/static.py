@@ -46,7 +46,8 @@ class StaticMerge:
 
     Attributes:
         method: fisher or regmean.
-        examples: what each source is looked at with, in the recipe's order.
+        examples: what each source is looked at with, in the recipe's order; empty where it is all
+            that its data says, so that statistics which `fisher` has gathered serve again.
         calibration: what is gathered, and of what; its plan lacks the statistics alone.
     """
 
@@ -57,7 +58,7 @@ class StaticMerge:
     @property
     def tokens(self) -> int:
         """That all sources together are looked at with."""
-        return sum(examples.tokens for examples in self.examples)
+        return sum(part.examples.tokens for part in self.calibration.parts)
 
     def make(self, folder: Path, options: MergeOptions, on_progress: OnProgress) -> None:
         """Merge into a folder, unless it is there.
@@ -65,7 +66,8 @@ class StaticMerge:
         Raises:
             as `calibrate` and `execute` do; the same call continues.
         """
-        plan = calibrate(self.calibration.plan, options, on_progress, examples=self.examples)
+        examples = self.examples or None
+        plan = calibrate(self.calibration.plan, options, on_progress, examples=examples)
         whole = replace(options, copy_tokenizer=True, overwrite=True, fresh=False, statistics=False)
         execute(plan, folder, whole, on_progress=on_progress, finish=lambda *about: None)
 
@@ -101,11 +103,13 @@ def plan_static_merges(
             continue
         merge = make_plan(_recipe_of(recipe, method), shard_size=plan.shard_size)
         statistics = merge.recipe.statistics or Statistics()
-        examples = tuple(
-            _examples_of(of_source[i], statistics, context) for i in range(len(plan.operands))
-        )
+        examples: tuple[Examples, ...] = ()
+        if not _are_parts(recipe):
+            examples = tuple(
+                _examples_of(of_source[i], statistics, context) for i in range(len(plan.operands))
+            )
         try:
-            decided = plan_calibration(merge, device, examples=examples)
+            decided = plan_calibration(merge, device, examples=examples or None)
         except SourceError as error:
             if start != "best":
                 raise
@@ -113,6 +117,12 @@ def plan_static_merges(
             continue
         result.append(StaticMerge(method, examples, decided))
     return tuple(result), left_out
+
+
+def _are_parts(recipe: Recipe) -> bool:
+    """Whether what is trained on is all that a recipe for the same data reads."""
+    data = [spec.data for spec in recipe.source_specs if spec.data is not None]
+    return all(item.part == "train" and not item.held_out for item in data)
 
 
 def start_at(plan: Plan, folder: Path) -> Plan:

@@ -272,7 +272,8 @@ class Trainer:
         position.measured.append({"step": position.step, **score.to_json()})
         # A step that imitates better and predicts the text worse than the merge that it began as
         # has learned what teachers say of rows that they have memorised.
-        most = position.measured[0]["mean_loss"] if position.start else float("inf")
+        start = position.measured[0]
+        most = start["mean_loss"] if start["step"] == 0 else float("inf")
         better = score.mean_kl < position.best_kl and score.mean_loss <= most
         if better or self._training.keep == "last":
             position.best_kl, position.best_step, position.stale = score.mean_kl, position.step, 0
@@ -296,7 +297,7 @@ def measured_steps(decided: TrainingPlan) -> set[int]:
     """The steps after which held-out rows are measured: the last one, and others before it.
 
     By default those at a half, a quarter, ... of the way, as many as cost no more than `_MEASURING`
-    of the training together.
+    of the training together; the half in any case where no baseline is measured, which cost more.
     """
     steps, every = decided.steps, decided.training.evaluate_every
     if every is not None:
@@ -304,6 +305,7 @@ def measured_steps(decided: TrainingPlan) -> set[int]:
     rows = (example for data in decided.datasets for example in data.held_out)
     a_pass = _FORWARD * sum(len(example.ids) for example in rows)
     count = int(_MEASURING * decided.tokens / a_pass) if a_pass else 0
+    count = count if decided.training.baselines else max(count, 2)
     due = {steps}
     while len(due) < count and min(due) > 1:
         due.add(-(-min(due) // 2))

@@ -107,6 +107,11 @@ class Training:
             "held-out rows",
         )
     )
+    baselines: bool = option(
+        True,
+        "measure merges without training on held-out rows, to start at the best and to compare "
+        "with; false: only the one that learning starts from",
+    )
     train: tuple[str, ...] = option(
         ("all",),
         "all, linear, or parts of tensor names",
@@ -262,6 +267,11 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if start in ("best", *WHOLE_STARTS) and activation != "none":
         message = f"{activation} does not reach every merge that it may begin from."
         result.append(("start", message, "Use `start: soup`, or `activation: none`."))
+    if start == "best" and not training.baselines:
+        message = "without them nobody knows where the best is."
+        result.append(
+            ("baselines", message, "Leave it out, or say where to start (`start: soup`).")
+        )
     if activation == "softmax" and start not in ("soup", "raw_soup", "best"):
         result.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
     if isinstance(start, float) and activation == "tanh" and not -1 < start < 1:

@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "auto": {
         "merge_method": "auto", "data": True, "statistics": _EXAMPLES,
-        "training": {"tokens": 8192, "max_length": 128, "held_out_tokens": 512},
+        "training": {"tokens": 8192, "max_length": 128},
     },
 }  # fmt: skip
 _NO_BASE = ("soup", "fisher", "regmean")

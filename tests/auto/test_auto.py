@@ -19,20 +19,23 @@ from hypothesis import strategies as st
 
 import merge_cli
 from merge_cli.auto.measure import Losses
-from merge_cli.auto.plan import plan_automatic
+from merge_cli.auto.plan import LAMBDAS, plan_automatic
 from merge_cli.auto.search import CandidateSearch
 from merge_cli.auto.verdict import choose
 from merge_cli.auto.weights import Weights, WeightSearch, candidate_count
 from merge_cli.auto.workspace import AutomaticWorkspace
+from merge_cli.dam.run import learn
 from merge_cli.data.rows import part_of, read_data
 from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
 from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.rows import content_of
 from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, Progress, ignore_progress
+from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.data import Data
+from merge_cli.recipe.schema import Recipe
 from tests.support.dam_tiny import config, write_data, write_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -253,24 +256,59 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("lead", "chosen"), [(0.001, "first"), (0.5, "second")], ids=["a tie", "a lead"]
-)
-def test_what_needs_less_wins_a_tie(lead: float, chosen: str) -> None:
-    """A step is taken for its lead only if that is more than a standard error."""
-    noise = [0.3, -0.2, 0.1, -0.3, 0.25, -0.15, 0.2, -0.2]
+def test_the_lowest_loss_on_all_validation_rows_wins() -> None:
+    """However small the lead: two of the four are dearer, and the first rows preferred another."""
+    final = {"soup": 2.2, "fisher": 2.001, "search": 2.1, "dam": 2.0}
 
     def rows(names: Sequence[str]) -> dict[str, Losses]:
-        shift = {"first": [2.0 + n for n in noise], "second": [2.0 - lead] * len(noise)}
-        metrics = {
-            name: Metric("a", "nats per token", "lower", shift[name], [1.0] * len(noise))
+        return {
+            name: {"a": Metric("a", "nats per token", "lower", [final[name]] * 8, [1.0] * 8)}
             for name in names
         }
-        return {name: {"a": metric} for name, metric in metrics.items()}
 
-    lines = [{"step": name, "loss": 2.0} for name in ("first", "second")]
-    assert choose(lines, rows)["step"] == chosen
-    assert all("final_loss" in line for line in lines)
+    lines = [
+        {"step": name, "loss": loss}
+        for name, loss in (("soup", 2.3), ("fisher", 1.9), ("search", 2.0), ("dam", 1.95))
+    ]
+    assert choose(lines, rows)["step"] == "dam"
+    assert [line["step"] for line in lines if "final_loss" in line] == ["fisher", "search", "dam"]
+
+
+@pytest.mark.parametrize("methods", [None, ["soup", "regmean", "dam"], ["soup", "dam"]])
+def test_learning_starts_at_the_best_so_far(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: list[str] | None
+) -> None:
+    """Nothing that was measured or gathered for an earlier step is measured or gathered again."""
+    started: list[Recipe] = []
+
+    def told(plan: Plan, *arguments: Any, **options: Any) -> Any:
+        started.append(plan.recipe)
+        return learn(plan, *arguments, **options)
+
+    monkeypatch.setattr("merge_cli.auto.worker.learn", told)
+    recipe, lines = write_recipe(models, methods=methods), list[Progress]()
+    auto = run(recipe, tmp_path / "out", on_progress=lines.append)
+    (learning,) = started
+    assert learning.training is not None
+    if methods == ["soup", "dam"]:  # nothing was tried that is no sum of sources
+        assert learning.training.start == "best"
+        return
+    starts = {"uniform soup": "soup", "base": 0.0, "fisher": "fisher", "regmean": "regmean"}
+    starts |= {f"task arithmetic {scale:g}": scale for scale in LAMBDAS}
+    losses = {line["step"]: line["loss"] for line in auto["path"] if line["step"] in starts}
+    assert learning.training.start == starts[min(losses, key=lambda name: losses[name])]
+    assert not learning.training.baselines
+    at_learning = next(i for i, line in enumerate(lines) if line.stage == "teach")
+    assert "gather" not in {line.stage for line in lines[at_learning:]}
+    assert {line.note for line in lines if line.stage == "baselines"} <= {"fisher", "regmean"}
+
+
+def test_a_start_that_is_asked_for_is_taken(models: Path) -> None:
+    for training in ({"start": "soup"}, {"form": "soup"}, {"baselines": False, "start": 0.3}):
+        recipe = load_recipe(write_recipe(models, training={**QUICK["training"], **training}))
+        (dam,) = [s for s in plan_automatic(make_plan(recipe), OPTIONS).steps if s.method == "dam"]
+        assert dam.recipe.training == recipe.training
+        assert not dam.begins_at_best
 
 
 SOME: dict[str, Any] = {"methods": ["soup", "fisher", "search", "dam"]}

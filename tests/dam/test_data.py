@@ -11,13 +11,15 @@ import pytest
 import torch
 import yaml
 
-from merge_cli.dam.data import Order, load_datasets, steps_of
+from merge_cli.dam.data import Dataset, Order, load_datasets, steps_of
 from merge_cli.dam.plan import kept_for, plan_training
+from merge_cli.data.rows import part_of
 from merge_cli.data.sequences import cut
 from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation import teachers
 from merge_cli.evaluation.fingerprints import source_identity
 from merge_cli.evaluation.forward import Example, padded
+from merge_cli.evaluation.rows import make_row
 from merge_cli.evaluation.tokens import Encoded
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
@@ -441,3 +443,33 @@ def test_rows_that_choose_do_not_judge(models: Path, tmp_path: Path) -> None:
     everything = Training(max_length=16, held_out_tokens=None, held_out_examples=10_000)
     (dataset, *_) = load_datasets(load_recipe(path), ["a", "b", "c"], tokenizer, everything, 128)
     assert dataset.test == ()
+
+
+def test_a_part_to_train_on_is_divided_by_what_rows_say(models: Path, tmp_path: Path) -> None:
+    """As `auto` divides: whatever the seed, and however often a row stands somewhere."""
+    tokenizer = tokenizer_of(tmp_path)
+    rows = [{"text": f"{i} of many rows"} for i in range(200)]
+    write_rows(models / "a.jsonl", [*rows, *rows[:50]])
+    parts = {part: set[str]() for part in ("train", "validation", "test")}
+    for number, row in enumerate(rows):
+        parts[part_of(make_row(number + 1, row, models))].add(str(number))
+    assert all(len(part) > 8 for part in parts.values())
+
+    def datasets(seed: int, *, baselines: bool) -> Dataset:
+        path = write_recipe(models, seed=seed)
+        document = yaml.safe_load(path.read_text())
+        document["models"][0]["data"] = {"files": "a.jsonl", "part": "train"}
+        path.write_text(yaml.safe_dump(document))
+        training = Training(held_out_examples=len(parts["validation"]), baselines=baselines)
+        return load_datasets(load_recipe(path), ["a", "b", "c"], tokenizer, training, 128)[0]
+
+    def numbers(examples: tuple[Example, ...]) -> set[str]:
+        texts = [tokenizer.decode(list(example.ids)) for example in examples]
+        return {found.group(1) for text in texts if (found := re.match(r"\D*(\d+)", text))}
+
+    for seed in (0, 1):
+        for baselines in (True, False):
+            found = datasets(seed, baselines=baselines)
+            assert numbers(found.train) == parts["train"]
+            assert numbers(found.held_out) == parts["validation"]
+            assert numbers(found.test) == (parts["test"] if baselines else set())

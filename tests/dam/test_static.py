@@ -295,6 +295,32 @@ def test_measuring_costs_a_tenth_of_training_at_most(models: Path) -> None:
     assert measured_steps(longer) <= {64, 32, 16, 8, 4, 2, 1}
 
 
+@pytest.mark.parametrize("start", ["fisher", "soup", 0.4])
+def test_without_baselines_only_the_start_is_measured(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any
+) -> None:
+    """Two measurements of what is learned take the place of those of thirteen merges."""
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    lines: list[Progress] = []
+    recipe = recipe_of(models, start=start, baselines=False, evaluate_every=None, max_steps=4)
+    training = run(recipe, tmp_path / "out", on_progress=lines.append).report["training"]
+    whole = [start] if start == "fisher" else []
+    assert [*training["scores"]] == ["dam", *whole]
+    assert training["start"] == "".join(whole)
+    assert [measured["step"] for measured in training["measured"]] == [0, 2, 4]
+    assert training["test_scores"] == {}
+    compared = {line.note for line in lines if line.stage == "baselines"}
+    assert compared == {*whole}
+    kept = training["measured"][0]
+    assert training["scores"]["dam"]["mean_loss"] <= kept["mean_loss"]
+    assert training["scores"]["dam"]["mean_kl"] <= kept["mean_kl"]
+
+
+def test_the_best_is_not_known_without_baselines(models: Path) -> None:
+    with pytest.raises(RecipeError, match="nobody knows where the best is"):
+        load_recipe(recipe_of(models, start="best", baselines=False))
+
+
 def test_a_stage_that_learns_keeps_its_start_in_the_result(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "family"
     shutil.copytree(models, folder)
