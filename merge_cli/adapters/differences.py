@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_cli.adapters.pair import ExpertMatrix
 from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.checkpoint.non_finite import non_finite_error
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import host_backend
@@ -71,9 +72,20 @@ class ChangeReader:
         for begin in range(0, len(out), _BLOCK):
             finite &= decode(tuned, base, start + begin, out[begin : begin + _BLOCK])
         if not finite:
-            hint = "Replace the file, or leave the tensor out with --exclude."
-            message = "NaN or Inf among the weights of the fine-tune or of its base"
-            raise NonFiniteError(message, model=tuned.model, tensor=tuned.name, hint=hint)
+            raise self._not_finite(tuned, base, start, len(out))
+
+    def _not_finite(self, tuned: Tensor, base: Tensor, start: int, count: int) -> NonFiniteError:
+        """Which of the two has NaN or Inf among these elements."""
+        import numpy as np
+
+        hint = "Replace the file, or leave the tensor out with --exclude."
+        for tensor in (tuned, base):
+            marks = ~np.isfinite(read_numbers(self._read, tensor, start, count))
+            if marks.any():
+                element = start + int(marks.argmax())
+                return non_finite_error(tensor, element, hint=hint, together=hint)
+        message = "its change is too large for float32"
+        return NonFiniteError(message, model=tuned.model, tensor=tuned.name, hint=hint)
 
     def _decode_both(self, tuned: Tensor, base: Tensor, start: int, out: Any) -> bool:
         """Fill `out` by one compiled loop over what is stored; whether all of it is finite."""

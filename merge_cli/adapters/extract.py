@@ -10,7 +10,6 @@ Matrices are decomposed one after another, so that memory depends on the largest
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from merge_cli.adapters.factors import (
     factorise,
     needs_torch,
 )
+from merge_cli.adapters.fine_tune import FineTune, look_up_modules
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, extraction_card
-from merge_cli.adapters.known_modules import KnownModules, known_modules
-from merge_cli.adapters.pair import ExpertMatrix, ModuleMap, ModuleParameter, plan_pair
-from merge_cli.adapters.selection import Selection, selected_experts
+from merge_cli.adapters.pair import ExpertMatrix, plan_pair
+from merge_cli.adapters.saved import SavedTensors, save_rest
+from merge_cli.adapters.selection import check_filters, select, unused_filters
 from merge_cli.adapters.threads import in_threads, threads_for
 from merge_cli.checkpoint.tensors import reading
 from merge_cli.engine.device import choose_device
@@ -36,7 +36,8 @@ from merge_cli.engine.merge import fetch_inputs, protected_paths
 from merge_cli.engine.pool import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
 from merge_cli.options import OnProgress, Progress, ignore_progress
-from merge_cli.planning.plan import Plan, TensorTask
+from merge_cli.planning.equal_tensors import compare
+from merge_cli.planning.plan import TensorTask
 from merge_cli.system.libraries import require
 
 RANK = 32  # where neither rank nor energy is given
@@ -72,39 +73,41 @@ def extract_lora(
         on_progress: called with progress.
 
     Raises:
-        UsageError: an invalid rank or energy; OUT exists.
-        SourceError, MismatchError: models that cannot be opened, or do not fit one another.
+        UsageError: an invalid rank, energy or filter; OUT exists.
+        SourceError, MismatchError: models that cannot be opened, or do not fit one another; a
+            fine-tune without a change that an adapter can hold.
         ResourceError: not enough memory or disk; no such device; no torch.
     """
     cut = _cut(rank, energy)
+    check_filters(include, exclude)
     plan = plan_pair(str(model), str(base))
     on_progress = on_progress or ignore_progress
-    fetch_inputs(plan, on_progress)
     devices = choose_device(device)
     device_name = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"
-    source, stored = plan.sources[plan.base or 0], {task.name: task.shape for task in plan.tasks}
-    modules = known_modules(source.config, stored) or ModuleMap(source)
-    parameters = modules.parameters(stored)
-    transposed = any(parameter.kind == "conv1d" for parameter in parameters.values())
-    selection = Selection(tuple(include), tuple(exclude), transposed, embeddings)
-    tasks = {task.name: task for task in plan.tasks}
-    experts = selected_experts(modules, tasks, selection)
+    pair = look_up_modules(plan)
+    selection, experts = select(pair, include, exclude, embeddings=embeddings)
     expert_tensors = {name for part in experts for name in part.tensors}
-    selection = replace(selection, stacks=frozenset(part.position.module for part in experts))
-    jobs: list[TensorTask | ExpertMatrix] = [t for t in plan.tasks if t.name not in expert_tensors]
+    # A tensor without a base is copied from there: integers, and what the fine-tune lacks.
+    jobs: list[TensorTask | ExpertMatrix] = [
+        task for task in plan.tasks if task.base and task.name not in expert_tensors
+    ]
     jobs += experts
     changes: list[ModuleChange] = []
-    saved: list[TensorTask] = []
 
     def decompose(task: TensorTask | ExpertMatrix) -> Factors | float | None:
         if isinstance(task, ExpertMatrix):
-            return factorise(change.expert(task, tasks), cut, device_name)
-        if selection.factors(task, parameters.get(task.name)):
+            return factorise(change.expert(task, pair.tasks), cut, device_name)
+        if selection.factors(task, pair.parameters.get(task.name)):
             return factorise(change.matrix(task), cut, device_name)
         return change.squares(task)
 
+    fetch_inputs(plan, on_progress)
+    filters = unused_filters(include, exclude, pair.tasks)
+    notes = [*plan.notes, *filters, *compare(plan.compared)]
     keep_freed_memory()
-    shapes = [t.shape for t in plan.tasks if selection.factors(t, parameters.get(t.name))]
+    shapes = [
+        t.shape for n, t in pair.tasks.items() if selection.factors(t, pair.parameters.get(n))
+    ]
     shapes += [part.position.shape for part in experts]
     arithmetic = "torch" if needs_torch(shapes, cut, device_name) else "compiled"
     if arithmetic == "torch":
@@ -124,7 +127,7 @@ def extract_lora(
         in_threads(decompose, jobs, 1 if devices.indexes else count) as outcomes,
     ):
         change = ChangeReader(read)
-        adapter = AdapterFolder(folder, transposed=transposed)
+        adapter = AdapterFolder(folder, transposed=pair.transposed)
         stacks = ExpertStacks(adapter, {part.name: part.position for part in experts})
         try:
             for done, (task, outcome) in enumerate(outcomes):
@@ -136,25 +139,23 @@ def extract_lora(
                         numbers = (outcome.squares, outcome.share, outcome.rank)
                         changes.append(ModuleChange(task.name, *numbers))
                 elif isinstance(outcome, Factors):
-                    parameter = parameters[task.name]
+                    parameter = pair.parameters[task.name]
                     adapter.add(parameter.module, outcome, embedding=parameter.kind == "embedding")
                     changes.append(
                         ModuleChange(task.name, outcome.squares, outcome.share, outcome.rank)
                     )
                 elif outcome:
-                    why = selection.why_left_out(task, parameters.get(task.name))
-                    saved += [] if why else [task]
+                    why = selection.why_left_out(task, pair.parameters.get(task.name))
                     changes.append(ModuleChange(task.name, outcome, float(not why), None, why))
             on_progress(Progress("extract", len(jobs), len(jobs), "", "tensors"))
-            _keep_whole(adapter, plan, parameters, saved)
-            size = adapter.finish(
-                _config(plan, adapter, parameters, saved, modules, transposed), read
-            )
+            saved = save_rest(adapter, changes, pair, selection)
+            changes = [change.with_why(saved.unsaved.get(change.name, "")) for change in changes]
+            size = adapter.finish(_config(pair, adapter, saved), read)
         finally:
             adapter.close()
         model_bytes = sum(task.operands[0].nbytes for task in plan.tasks)
-        notes = (*plan.notes, *_rank_notes(cut, shapes))
-        extracted = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), notes)
+        notes += [*_rank_notes(cut, shapes), *saved.notes]
+        extracted = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), tuple(notes))
         (folder / "README.md").write_text(extraction_card(plan, extracted, cut), encoding="utf-8")
     return extracted
 
@@ -176,50 +177,17 @@ def _rank_notes(cut: RankTruncation, shapes: Sequence[Sequence[int]]) -> Iterato
         yield f"no matrix has more than rank {largest}: --rank {cut.rank} cuts nothing off"
 
 
-def _keep_whole(
-    adapter: AdapterFolder,
-    plan: Plan,
-    parameters: dict[str, ModuleParameter],
-    saved: Sequence[TensorTask],
-) -> None:
-    """Save biases alone, and other modules completely: PEFT keeps a copy of the module."""
-    modules = {
-        parameters[task.name].module for task in saved if not _is_bias(parameters[task.name])
-    }
-    names = {task.name for task in saved}
-    for task in plan.tasks:
-        parameter = parameters.get(task.name)
-        if parameter and (
-            task.name in names or (parameter.module in modules and not _is_bias(parameter))
-        ):
-            adapter.keep(f"{parameter.module}.{parameter.name}", task.operands[0])
-
-
-def _is_bias(parameter: ModuleParameter) -> bool:
-    """Whether it is a linear layer's bias, which PEFT trains without the layer."""
-    return parameter.name == "bias" and parameter.kind in ("linear", "conv1d")
-
-
-def _config(
-    plan: Plan,
-    adapter: AdapterFolder,
-    parameters: dict[str, ModuleParameter],
-    saved: Sequence[TensorTask],
-    skeleton: ModuleMap | KnownModules,
-    transposed: bool,
-) -> dict[str, Any]:
-    base = plan.sources[plan.base or 0]
-    modules = dict.fromkeys(
-        parameters[task.name].module for task in saved if not _is_bias(parameters[task.name])
-    )
+def _config(pair: FineTune, adapter: AdapterFolder, saved: SavedTensors) -> dict[str, Any]:
+    base = pair.base
     return adapter_config(
         adapter.ranks,
+        targets=saved.targets,
         base=base.hub.repo_id if base.hub else str(base.root.resolve()),
         revision=base.revision,
-        transposed=transposed,
-        saved=list(modules),
-        biases=any(_is_bias(parameters[task.name]) for task in saved),
-        task_type=skeleton.task_type,
+        transposed=pair.transposed,
+        saved=saved.modules,
+        biases=saved.biases,
+        task_type=pair.task_type,
         parameters=adapter.parameters,
         version=NEWEST,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ class ModuleChange:
     share: float
     rank: int | None = None
     why: str = ""
+
+    def with_why(self, why: str) -> ModuleChange:
+        """The same, left out for a reason; as it is where there is none."""
+        return replace(self, share=0.0, why=why) if why else self
+
+
+def changes_left_out(changes: Sequence[ModuleChange]) -> dict[str, tuple[int, float]]:
+    """By reason, how many tensors are left out, and their share of the complete change."""
+    total = sum(change.squares for change in changes)
+    by_reason: dict[str, tuple[int, float]] = {}
+    for change in changes:
+        if change.why:
+            count, share = by_reason.get(change.why, (0, 0.0))
+            by_reason[change.why] = (count + 1, share + change.squares / total)
+    return by_reason
 
 
 @dataclass(frozen=True)
@@ -48,14 +64,8 @@ class ExtractedAdapter:
         return held / total if total else 1.0
 
     def left_out(self) -> dict[str, tuple[int, float]]:
-        """By reason, how many tensors are left out, and their share of the complete change."""
-        total = sum(change.squares for change in self.changes)
-        by_reason: dict[str, tuple[int, float]] = {}
-        for change in self.changes:
-            if change.why:
-                count, share = by_reason.get(change.why, (0, 0.0))
-                by_reason[change.why] = (count + 1, share + change.squares / total)
-        return by_reason
+        """See `changes_left_out`."""
+        return changes_left_out(self.changes)
 
     def to_json(self) -> dict[str, Any]:
         return {

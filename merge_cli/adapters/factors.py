@@ -74,6 +74,14 @@ class Factors:
         return Factors(_plain(self.right.T), _plain(self.left.T), self.share, self.squares)
 
 
+def zeros(shape: Sequence[int]) -> Factors:
+    """Factors of no change to a matrix."""
+    import numpy as np
+
+    rows, columns = shape
+    return Factors(np.zeros((rows, 1), np.float32), np.zeros((1, columns), np.float32), 1.0, 0.0)
+
+
 def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors | None:
     """B = U sqrt(S) and A = sqrt(S) V^T of a matrix; None of one that is zero.
 

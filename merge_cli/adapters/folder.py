@@ -139,6 +139,7 @@ def _copy(tensor: Tensor, read: Read, targets: FilePool, target: Path, offset: i
 def adapter_config(
     ranks: Mapping[str, int],
     *,
+    targets: Sequence[str] | str | None = None,
     base: str | None,
     revision: str | None = None,
     transposed: bool = False,
@@ -152,6 +153,7 @@ def adapter_config(
 
     Args:
         ranks: by the modules' full names.
+        targets: how PEFT finds these modules, where their names are not enough.
         base: the model that the adapter belongs to.
         saved: modules that the adapter replaces.
         biases: whether it replaces biases.
@@ -177,7 +179,7 @@ def adapter_config(
         "use_dora": False,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": transposed,
-        "target_modules": list(ranks),
+        "target_modules": targets or list(ranks),
         "rank_pattern": other,
         "alpha_pattern": other,
         "modules_to_save": list(saved) or None,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from merge_cli.adapters.pair import ExpertMatrix, Kind, ModuleParameter
+from merge_cli.adapters.pair import ExpertMatrix, Kind, Module, ModuleParameter
 
 # Their layers are called alike: class -> model_type.
 _CLASSES = {
@@ -82,6 +82,14 @@ class KnownModules:
             module, _, parameter = name.rpartition(".")
             result[name] = ModuleParameter(module, parameter, kind)
         return result
+
+    def modules(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Module]:
+        """Those that hold tensors: no other one has a name that ends as theirs do."""
+        held: dict[str, Module] = {}
+        for parameter in self.parameters(stored).values():
+            others = held.get(parameter.module, Module(parameter.kind)).tensors
+            held[parameter.module] = Module(parameter.kind, others | {parameter.name})
+        return held
 
     def experts(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[ExpertMatrix, ...]]:
         return {}

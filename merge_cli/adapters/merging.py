@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.experts import ExpertStacks
-from merge_cli.adapters.factors import Factors, RankTruncation, factorise, needs_torch, recombine
+from merge_cli.adapters.factors import (
+    Factors,
+    RankTruncation,
+    factorise,
+    needs_torch,
+    recombine,
+    zeros,
+)
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, merge_card
 from merge_cli.adapters.kept_changes import ChangeCache
 from merge_cli.adapters.threads import threads_for
+from merge_cli.checkpoint.non_finite import non_finite_error
 from merge_cli.checkpoint.tensors import Read, reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.in_memory import InMemoryFiles, InMemoryMerger
@@ -28,7 +36,6 @@ from merge_cli.engine.merge import fetch_inputs, protected_paths, verified_finge
 from merge_cli.engine.operands import operands_of
 from merge_cli.engine.pool import one_torch_thread
 from merge_cli.engine.residency import SourceResidency
-from merge_cli.errors import NonFiniteError
 from merge_cli.lora.adapter import Adapter
 from merge_cli.lora.changes import LowRank, embeddings_of, experts_of
 from merge_cli.methods.blocks import Block, Span
@@ -93,6 +100,12 @@ def merge_adapters(
                     writer.add(module, factors, embedding=task.name in embedding_names)
                 if factors is not None:
                     merged[task.name] = factors
+            if not writer.ranks and not writer.parameters:  # PEFT loads no adapter without factors
+                task = min(plan.tasks, key=lambda task: task.size)
+                embedding = task.name in embedding_names
+                writer.add(
+                    task.name.removesuffix(".weight"), zeros(task.shape), embedding=embedding
+                )
             size = writer.finish(_config(plan, writer, adapters, transposed), read)
         finally:
             writer.close()
@@ -121,8 +134,8 @@ def _sums(
             if isinstance(change, LowRank) and coefficient:
                 left, right = change.factors(read)
                 if not (np.isfinite(left).all() and np.isfinite(right).all()):
-                    message = "NaN or Inf among its factors"
-                    raise NonFiniteError(message, model=change.model, tensor=task.name)
+                    hint = "Replace the file, or leave the adapter out."
+                    raise non_finite_error(change, None, hint=hint, together=hint)
                 lefts.append(left.astype(np.float64) * (change.scale * coefficient))
                 rights.append(right.astype(np.float64))
         if not lefts:

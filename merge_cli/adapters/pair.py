@@ -27,9 +27,11 @@ _RESIZED = (
     "Factors are of one shape: give both one vocabulary first, by a passthrough of the fine-tune "
     "with `base_model` and `tokenizer_source: base`, and extract from its result."
 )
-# `linear` stores [out, in], `conv1d` (GPT-2's) [in, out]; `leaf` is any other module without
-# modules inside, `inner` a module with some.
-Kind = Literal["linear", "conv1d", "embedding", "leaf", "inner"]
+# `linear` stores [out, in], `conv1d` (GPT-2's) [in, out]; a `table` is an embedding that does more
+# than to look rows up; `leaf` is any other module without modules inside, `inner` a module with
+# some, or a list of parameters.
+Kind = Literal["linear", "conv1d", "embedding", "table", "leaf", "inner"]
+_ASKED = "embed_positions"  # whose size Whisper asks for, which PEFT's embedding does not say
 
 
 def plan_pair(model: str, base: str) -> Plan:
@@ -70,6 +72,18 @@ class ModuleParameter:
 
 
 @dataclass(frozen=True)
+class Module:
+    """A module of the model.
+
+    Attributes:
+        tensors: names of the parameters and stored buffers that it holds itself.
+    """
+
+    kind: Kind
+    tensors: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class ExpertMatrix:
     """An expert's matrix, and the stored tensors that make it.
 
@@ -102,20 +116,37 @@ class ModuleMap:
     def __init__(self, source: Source) -> None:
         self._label = source.label
         self._net = _build(source)
-        self._modules = dict(self._net.named_modules())
+        self._modules = dict(self._net.named_modules(remove_duplicate=False))
 
     def parameters(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleParameter]:
-        """The parameter of each stored tensor; none for tensors that transformers converts.
+        """The parameter or buffer of each stored tensor; none for what transformers converts.
 
         Args:
             stored: their shapes.
         """
         parameters = dict(self._net.named_parameters(remove_duplicate=False))
+        buffers = {n: b for n, b in self._net.state_dict().items() if n not in parameters}
         result = {}
-        for name, full_name in by_name(stored, parameters).items():
+        for name, full_name in (by_name(stored, buffers) | by_name(stored, parameters)).items():
             module, _, parameter = full_name.rpartition(".")
-            result[name] = ModuleParameter(module, parameter, _kind(self._modules[module]))
+            result[name] = ModuleParameter(module, parameter, _kind(self._modules[module], module))
         return result
+
+    def modules(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Module]:
+        """All modules of the model, by name.
+
+        Args:
+            stored: shapes of its tensors.
+        """
+        held: dict[str, list[str]] = {}
+        for name in self._net.state_dict():
+            module, _, tensor = name.rpartition(".")
+            held.setdefault(module, []).append(tensor)
+        return {
+            name: Module(_kind(module, name), frozenset(held.get(name, ())))
+            for name, module in self._modules.items()
+            if name
+        }
 
     def experts(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[ExpertMatrix, ...]]:
         """Parameters that hold all experts of a layer, and the stored tensors that make them.
@@ -157,8 +188,10 @@ class ModuleMap:
         name = type(self._net).__name__
         if name.endswith(("ForCausalLM", "LMHeadModel")):
             return "CAUSAL_LM"
-        seq2seq = name.endswith("ForConditionalGeneration")
-        return "SEQ_2_SEQ_LM" if seq2seq and self._net.config.is_encoder_decoder else None
+        seq2seq = name.endswith("ForConditionalGeneration") and self._net.config.is_encoder_decoder
+        # PEFT gives such models tokens, which one that hears does not take.
+        reads = self._net.main_input_name == "input_ids"
+        return "SEQ_2_SEQ_LM" if seq2seq and reads else None
 
 
 def _single(
@@ -188,14 +221,33 @@ def _build(source: Source) -> Any:
         raise SourceError(message, model=source.label, hint=hint) from error
 
 
-def _kind(module: Any) -> Kind:
+def _kind(module: Any, name: str) -> Kind:
     import torch
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, torch.nn.Linear):
-        return "linear"
+        return "linear" if _is_linear(module) else "leaf"
     if isinstance(module, Conv1D):
         return "conv1d"
     if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    return "inner" if next(module.children(), None) is not None else "leaf"
+        plain = type(module).forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if plain and name.rpartition(".")[2] != _ASKED else "table"
+    lists = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict)
+    if isinstance(module, (*lists, torch.nn.ParameterList)):
+        return "inner"
+    return "leaf" if next(module.children(), None) is None else "inner"
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether PEFT can add factors to what it computes: not to a router that returns the best."""
+    import torch
+
+    if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # of torch's attention, which looks at the weight alone
+    if type(module).forward is torch.nn.Linear.forward:
+        return True
+    try:
+        result = module(torch.empty(1, module.in_features, device="meta"))
+    except Exception:  # it is given more than its input, or another one
+        return False
+    return isinstance(result, torch.Tensor) and tuple(result.shape) == (1, module.out_features)

@@ -25,6 +25,8 @@ from merge_cli.kernels.matrices import (
 # Of a vector's length. What a product leaves outside of the directions before it is rounding of
 # float32 if it is shorter.
 _ROUNDING = 1e-5
+# Of a vector's length, what may be along the directions before it; and what is at best.
+_SKEW, _EXACT = 1e-8, 1e-16
 
 
 def leading_directions(matrix: Any, rank: int, block: int, blocks: int) -> tuple[Any, Any]:
@@ -51,7 +53,7 @@ def leading_directions(matrix: Any, rank: int, block: int, blocks: int) -> tuple
     room = block * blocks
     basis, products = np.empty((room, few)), np.empty((room, many), np.float32)
     small = np.zeros((room, room))  # the lower half of basis D D^T basis^T
-    count, least = 0, _lengths(vectors)
+    count, least, skew = 0, _lengths(vectors), _EXACT
     for _ in range(blocks):
         vectors = orthonormalise(vectors, _ROUNDING * least)
         if not len(vectors):
@@ -62,6 +64,15 @@ def leading_directions(matrix: Any, rank: int, block: int, blocks: int) -> tuple
         least = _lengths(vectors)
         small[before:count, :count] = project_rows(basis[:count], vectors)
         vectors -= combine_rows(basis[:count], small[before:count, :count])
+        # Where directions are alike, so little is left of a vector that its rounding counts, and
+        # more of it with each block.
+        shortest = np.maximum(_ROUNDING * least, np.finfo(np.float64).tiny)
+        skew *= float((least / np.maximum(_lengths(vectors), shortest)).max())
+        if skew > _SKEW:
+            rest = project_rows(basis[:count], vectors)
+            if (np.abs(rest).max(1) > _SKEW * _lengths(vectors)).any():
+                vectors -= combine_rows(basis[:count], rest)
+            skew = _EXACT
     lower = np.tril(small[:count, :count])
     _, turns = symmetric_eigen(lower + np.tril(lower, -1).T)
     turns = turns[:rank]

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from merge_cli.analysis.model_set import ModelSet
 from merge_cli.analysis.spectra import Spectrum, choose_tensors, spectrum_of
+from merge_cli.checkpoint.non_finite import non_finite_error
 from merge_cli.engine.device import Device
 from merge_cli.engine.files import Files
 from merge_cli.engine.loop import task_batches
@@ -259,7 +260,6 @@ def _non_finite(operands: Sequence[Any], task: TensorTask, start: int) -> NonFin
     tensor, is_bad = next(
         operand for operand in zip(task.operands, marks, strict=True) if operand[1].any()
     )
-    message = f"NaN or Inf among its weights (first at element {start + int(is_bad.argmax())})"
-    hint = "No distance to such a model has a meaning: replace the file."
-    file = tensor.stored[0].path.name
-    return NonFiniteError(message, model=tensor.model, file=file, tensor=tensor.name, hint=hint)
+    element, useless = start + int(is_bad.argmax()), "No distance to such a model has a meaning"
+    hint, together = f"{useless}: replace the file.", f"{useless}."
+    return non_finite_error(tensor, element, hint=hint, together=together)

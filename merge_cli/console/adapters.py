@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +22,14 @@ _WORST = 5
 def print_extracted(console: Console, extracted: ExtractedAdapter) -> None:
     """A summary, what is left out, and the layers whose change is held least."""
     factored = [change for change in extracted.changes if change.rank is not None]
-    ranks = sorted({change.rank for change in factored if change.rank is not None})
-    size = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
+    size = _ranks(change.rank for change in factored if change.rank is not None)
     saved = sum(1 for change in extracted.changes if change.rank is None and not change.why)
     parts = [f"{len(factored)} matrices of {size}"] if factored else []
     parts += [f"{saved} tensor{'s' * (saved != 1)} saved in full"] if saved else []
     console.print(
         f"[green]✓[/green] {percent(extracted.share)} of the change's sum of squares in "
         f"{show_size(extracted.bytes)}, "
-        f"{percent(extracted.bytes / extracted.model_bytes)} of the model: "
-        + (", ".join(parts) or "nothing has changed")
+        f"{percent(extracted.bytes / extracted.model_bytes)} of the model: " + ", ".join(parts)
     )
     for why, (count, share) in extracted.left_out().items():
         tensors = f"{count} tensor{'s' * (count != 1)}"
@@ -49,15 +47,22 @@ def print_extracted(console: Console, extracted: ExtractedAdapter) -> None:
     console.print(f"  adapter  {escape(str(extracted.path))}", soft_wrap=True)
 
 
+def _ranks(ranks: Iterable[int]) -> str:
+    """`rank 8`, or `rank 2 to 8`; empty where there are none."""
+    listed = sorted(set(ranks))
+    if not listed:
+        return ""
+    return f"rank {listed[0]}" if len(listed) == 1 else f"rank {listed[0]} to {listed[-1]}"
+
+
 def print_merged(console: Console, report: Mapping[str, Any], shown: Path) -> None:
     """A summary of merged adapters."""
     adapter = report["adapter"]
-    ranks = sorted({module["rank"] for module in adapter["modules"].values()})
-    size = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
+    size = _ranks(module["rank"] for module in adapter["modules"].values())
     console.print(
         f"[green]✓[/green] merged {len(report['inputs'])} adapters into "
         f"{show_size(adapter['bytes'])}: "
-        + (f"{len(adapter['modules'])} modules of {size}, " if ranks else "no module changes, ")
+        + (f"{len(adapter['modules'])} modules of {size}, " if size else "no module changes, ")
         + f"{percent(adapter['share'])} of the merged change's sum of squares"
     )
     console.print(f"  adapter  {escape(str(shown))}", soft_wrap=True)

@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any, cast
 
 from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.checkpoint.non_finite import non_finite_error
 from merge_cli.engine.formula import TensorFormula
 from merge_cli.engine.merge_stats import CountKept, StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
@@ -323,13 +324,11 @@ class MergeExecutor:
             bad = next(i for i, count in enumerate(counts) if count)
             ref, values = task.operands[bad], block.operands[bad]
         element = _first_non_finite(values) + block.at.start
-        message = f"NaN or Inf among its weights (first at element {element})"
-        return NonFiniteError(
-            message,
-            model=ref.model,
-            file=ref.stored[0].path.name,
-            tensor=ref.name,
+        return non_finite_error(
+            ref,
+            element,
             hint="Replace the file, or accept it with --allow-non-finite.",
+            together="Leave one of them out, or accept it with --allow-non-finite.",
         )
 
 

@@ -6,15 +6,17 @@ replace a tensor of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.auxiliary_files import CARD
+from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.fingerprint import FileFingerprint, folder_fingerprints
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.repository import Repository
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
@@ -37,6 +39,7 @@ _WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".or
 LAYER_FACTORS = ("a", "b")
 EMBEDDING_FACTORS = ("embedding_a", "embedding_b")
 Parts = dict[str, TensorRef]
+_FLOATS = f"{', '.join(MERGEABLE[:-1])} or {MERGEABLE[-1]}"
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,32 @@ def sort_contents(stored: Mapping[str, TensorRef]) -> AdapterContents:
                 duplicates.append(name)
             replacements[module_name], priorities[module_name] = ref, priority
     return AdapterContents(modules, replacements, tuple(duplicates))
+
+
+def unreadable_factors(modules: Mapping[str, Parts]) -> Iterator[tuple[str, str]]:
+    """The first factor, magnitude or bias of a factor that is no floats, and why not."""
+    stored = (ref for parts in modules.values() for ref in parts.values())
+    unreadable = [ref for ref in stored if ref.dtype not in MERGEABLE]
+    if unreadable:
+        first, count = unreadable[0], len(unreadable) - 1
+        others = f"; so {'are' if count > 1 else 'is'} {count} more" if count else ""
+        yield first.name, f"it is stored as {first.dtype}, not as {_FLOATS}{others}"
+
+
+def why_no_replacement(ref: TensorRef, replaced: Tensor | None) -> str:
+    """Why a tensor's dtype cannot stand in a model; empty where it can.
+
+    Args:
+        replaced: the model's tensor; None where the adapter brings a new one.
+    """
+    if ref.dtype in MERGEABLE and (replaced is None or replaced.dtype in MERGEABLE):
+        return ""
+    if replaced is not None and ref.dtype == replaced.dtype:
+        return ""  # a counter or a mask, as the model has it
+    wanted = _FLOATS
+    if replaced is not None and replaced.dtype not in MERGEABLE:
+        wanted = f"{replaced.dtype}, as in the model"
+    return f"it is stored as {ref.dtype}, not as {wanted}"
 
 
 def _priority(name: str) -> int:

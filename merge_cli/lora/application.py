@@ -17,7 +17,8 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem, SourceError
 from merge_cli.lora import expert_updates
-from merge_cli.lora.adapter import WEIGHTS, AdapterContents, sort_contents
+from merge_cli.lora.adapter import WEIGHTS, AdapterContents, sort_contents, unreadable_factors
+from merge_cli.lora.completeness import SAVE_AGAIN, Completeness
 from merge_cli.lora.draft import ModelDraft
 from merge_cli.lora.heads import match_rows
 from merge_cli.lora.layers import update_experts, update_layers
@@ -74,9 +75,12 @@ def apply_adapter(
     targets = Targets(tensors, config, contents, model_config, root)
     if targets.rule.rivals:
         raise _ambiguous(targets, label)
+    completeness = Completeness(targets, tensors, config)
     draft = ModelDraft(dict(tensors), label, fingerprint)
     for name, why in _contradictions(targets, contents, config):
         draft.refuse(name, why)
+    for name, why in completeness.refusals():
+        draft.refuse(name, why, SAVE_AGAIN)
     replace_tensors(draft, targets, config, model_config)
     replaced = sorted(draft.touched)
     context = expert_updates.AdapterContext(config, _model_type(model_config), fingerprint)
@@ -93,7 +97,8 @@ def apply_adapter(
         notes.append(f"the adapter replaces {', '.join(replaced)}")
     if targets.rule.note:
         notes.append(f"the adapter's names are the model's by {targets.rule.note}")
-    return AppliedAdapter(draft.tensors, (*notes, *draft.notes), draft.changes)
+    notes += [*draft.notes, *completeness.notes()]
+    return AppliedAdapter(draft.tensors, tuple(notes), draft.changes)
 
 
 def _model_type(base: Mapping[str, Any]) -> str:
@@ -117,6 +122,7 @@ def _contradictions(
     """What is wrong with the adapter on any model: a tensor or module, and why."""
     for name in contents.duplicates:
         yield name, "the adapter holds it twice"
+    yield from unreadable_factors(contents.modules)
     yield from targets.unknown.items()
     yield from contradictions(targets.layers, config)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from merge_cli.checkpoint.tensors import Zeros
 from merge_cli.errors import SourceError
 from merge_cli.lora import expert_updates
@@ -11,9 +14,11 @@ from merge_cli.lora.adapter import (
     Adapter,
     Parts,
     sort_contents,
+    unreadable_factors,
 )
 from merge_cli.lora.application import apply_adapter
 from merge_cli.lora.expert_factors import PatchedTensor
+from merge_cli.lora.selected import SelectedModules, name_ends
 from merge_cli.lora.update import UpdatedTensor
 
 _MERGE = "Merge the models themselves: `BASE+ADAPTER`, without `output: adapter`."
@@ -31,6 +36,8 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
     """
     contents = sort_contents(adapter.tensors)
     modules, replacements = contents.modules, contents.replacements
+    for name, why in unreadable_factors(modules):
+        raise SourceError(why, model=label, tensor=name)
     fused, unknown = expert_updates.fused_updates(modules, adapter.config)
     if unknown:
         module, why = next(iter(unknown.items()))
@@ -86,6 +93,19 @@ def experts_of(adapter: Adapter) -> dict[str, expert_updates.ExpertPosition]:
         if isinstance(changes, str)
         else {name: position for name, (position, _) in changes.items()}
     )
+
+
+def notes_of(adapter: Adapter) -> Iterator[str]:
+    """What an adapter lacks or holds in vain, where its changes are merged without its model."""
+    contents = sort_contents(adapter.tensors)
+    if contents.replacements:
+        names = ", ".join(contents.replacements)
+        yield f"its copy of {names} is left out: the merged adapter goes onto the base's own"
+    modules = [re.sub(r"(\.base_layer)+$", "", module) for module in contents.modules]
+    ends = {end for module in modules for end in name_ends(module)}
+    lacking = [name for name in SelectedModules(adapter.config).listed if name not in ends]
+    if lacking:
+        yield f"adapter_config.json names {', '.join(lacking)}, and it has no factors for that"
 
 
 def embeddings_of(adapter: Adapter) -> set[str]:

@@ -8,7 +8,6 @@ LoraConfig, 0.1 to 0.21, and fields that other tools add.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,7 @@ _INERT = frozenset(
     (
         "auto_mapping",
         "base_model_name_or_path",
-        "exclude_modules",
         "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
         "lora_dropout",
         "megatron_core",
         "merge_weights",
@@ -51,7 +47,6 @@ _INERT = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
         # How factors began, or how gradients were computed; PEFT ignores the first ones unless
         # `init_lora_weights` asks for them.
         "corda_config",
@@ -118,6 +113,13 @@ def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
             message = f"{key[:80]!r} is an unknown field (it is {kind_of(value)})"
             hint = f"Its meaning could change the weights. {_WITH_PEFT}"
             yield Problem(message, key, hint=hint)
+    layers = config.get("layers_to_transform")
+    if isinstance(config.get("target_modules"), str) and layers not in (None, []):
+        yield Problem(
+            "layers_to_transform has no meaning where target_modules is an expression",
+            "layers_to_transform",
+            hint="Write the modules' names out.",
+        )
     if config.get("lora_bias") and config.get("use_dora"):
         yield Problem(
             "DoRA with biases (lora_bias) is not supported",
@@ -182,6 +184,36 @@ def _names(value: Any) -> Complaints:
         yield f"must be a list of names (it is {kind_of(value)})", ""
 
 
+def _modules(value: Any) -> Complaints:
+    """Names of modules, or one expression for them."""
+    if not isinstance(value, str):
+        yield from _names(value)
+    elif why := _why_unfit(value):
+        yield why, "Write the modules' names out."
+
+
+def _saved(value: Any) -> Complaints:
+    yield from _names(value)
+    for name in value if isinstance(value, list) else ():
+        if isinstance(name, str) and (not name or (why := _why_unfit(name))):
+            yield f"has the name {name[:80]!r}, which {why if name else 'is empty'}", ""
+
+
+def _layers(value: Any) -> Complaints:
+    numbers = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(number) is int for number in numbers):
+        yield f"must be numbers of layers (it is {kind_of(value)})", ""
+
+
+def _layer_lists(value: Any) -> Complaints:
+    """Names of lists of layers, each an expression."""
+    names = [value] if isinstance(value, str) else value
+    yield from _names(names)
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and (why := _why_unfit(name)):
+            yield f"has the name {name[:80]!r}, which {why}", ""
+
+
 def _patterns(of: Callable[[Any], Complaints]) -> Callable[[Any], Complaints]:
     def check(value: Any) -> Complaints:
         if _is_empty(value):
@@ -202,14 +234,18 @@ _CHECKED: dict[str, Callable[[Any], Complaints]] = {
     "alpha_pattern": _patterns(_alpha),
     "bias": _bias,
     "ensure_weight_tying": _flag,
+    "exclude_modules": _modules,
     "fan_in_fan_out": _flag,
     "init_lora_weights": _init,
+    "layers_pattern": _layer_lists,
+    "layers_to_transform": _layers,
     "lora_alpha": _alpha,
     "lora_bias": _flag,
-    "modules_to_save": _names,
+    "modules_to_save": _saved,
     "peft_type": lambda value: iter(()),
     "r": _rank,
     "rank_pattern": _patterns(_rank),
+    "target_modules": _modules,
     "target_parameters": _names,
     "task_type": _task,
     "use_dora": _flag,
@@ -253,27 +289,3 @@ def _why_unfit(pattern: str) -> str:
     except Unreadable as error:
         return str(error)
     return ""
-
-
-def base_note(config: Mapping[str, Any], base: str) -> str:
-    """A note where an adapter names another base than the one it is applied to; empty if not.
-
-    Args:
-        base: as the recipe names it, without a revision.
-    """
-    named = config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not named.strip():
-        return ""
-    if _short(named) == _short(base):
-        return ""
-    return f"the adapter says that it is of {named[:200]!r}; it is put on {base!r} here"
-
-
-def _short(name: str) -> str:
-    """A model's name without where it lies: the last part of a path or an id."""
-    parts = [part for part in re.split(r"[/\\]", name.strip().lower()) if part not in ("", ".")]
-    # The Hub's cache: models--org--name/snapshots/commit
-    cached = next((part for part in parts if part.startswith("models--")), None)
-    last = cached.rpartition("--")[2] if cached else (parts or [""])[-1]
-    # 4-bit copies of the same weights, as unsloth and bitsandbytes name them.
-    return re.sub(r"(-unsloth)?-bnb-(4|8)bit$", "", last)

@@ -33,6 +33,6 @@ class ModelDraft:
         """Whether the adapter has separated the head from the embedding."""
         return "tie_word_embeddings" in self.changes
 
-    def refuse(self, name: str, why: str) -> None:
+    def refuse(self, name: str, why: str, hint: str = "") -> None:
         """A tensor or module that cannot be used as it is."""
-        self.problems.append(Problem(f"{self.label}: {why}", name))
+        self.problems.append(Problem(f"{self.label}: {why}", name, hint=hint))

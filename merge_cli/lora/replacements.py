@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.lora.adapter import why_no_replacement
 from merge_cli.lora.draft import ModelDraft
 from merge_cli.lora.heads import untie
 from merge_cli.lora.targets import Targets
@@ -51,6 +52,10 @@ def _replace(
         if target is None:
             draft.refuse(name, "the adapter brings it, the model lacks it")
             continue
+        why = why_no_replacement(ref, draft.tensors[target])
+        if why:
+            draft.refuse(name, why)
+            continue
         shape = draft.tensors[target].shape
         if ref.shape != shape:
             if not _can_resize(targets, target, ref, shape):
@@ -81,6 +86,9 @@ def _add_head(
     replacements: Mapping[str, TensorRef],
 ) -> None:
     """Put a head for classes, which the model lacks, in the place of its language head."""
+    for name, ref in replacements.items():
+        if why := why_no_replacement(ref, None):
+            draft.refuse(name, why)
     embedding = targets.embeddings.embedding
     width = draft.tensors[embedding].shape[1] if embedding else 0
     change = add_task_head(dict(replacements), base, config.get("task_type"), width, draft.label)

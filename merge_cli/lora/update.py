@@ -154,12 +154,13 @@ def contradictions(
     layers: Mapping[str, Parts], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """The first module whose tensors contradict the config, and why."""
-    without_magnitude = next((m for m, parts in layers.items() if "magnitude" not in parts), None)
-    if config.get("use_dora") and without_magnitude is not None:
-        yield without_magnitude, "use_dora is set, and the adapter has no magnitude for it"
-    with_magnitude = next((m for m, parts in layers.items() if "magnitude" in parts), None)
-    if config.get("use_dora") is False and with_magnitude is not None:
-        yield with_magnitude, "the adapter has a magnitude for it, and use_dora is not set"
+    for key, part, what in (("use_dora", "magnitude", "magnitude"), ("lora_bias", "bias", "bias")):
+        wanted = bool(config.get(key))
+        module = next((m for m, parts in layers.items() if (part in parts) != wanted), None)
+        if module is not None and wanted:
+            yield module, f"{key} is set, and the adapter has no {what} for it"
+        elif module is not None:
+            yield module, f"the adapter has a {what} for it, and {key} is not set"
 
 
 def is_transposed(

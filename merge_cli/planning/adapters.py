@@ -16,7 +16,7 @@ from merge_cli.checkpoint.layout import OutputTensor, lay_out
 from merge_cli.checkpoint.tensors import Tensor, Zeros
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError
 from merge_cli.lora.adapter import WEIGHTS, Adapter, open_alone
-from merge_cli.lora.changes import LowRank, changes_of, embeddings_of, experts_of
+from merge_cli.lora.changes import LowRank, changes_of, embeddings_of, experts_of, notes_of
 from merge_cli.lora.expert_factors import PatchedTensor
 from merge_cli.lora.expert_updates import is_newer
 from merge_cli.lora.update import UpdatedTensor
@@ -157,6 +157,7 @@ def _notes(
         for label, change in changes.items()
         if every - change.keys()
     ]
+    notes += [f"{label}: {note}" for label, item in adapters.items() for note in notes_of(item)]
     if any(embeddings_of(adapter) for adapter in adapters.values()):
         notes.append(
             "embeddings have factors, too: a head that is tied to them follows only when "

@@ -20,7 +20,7 @@ from merge_cli.errors import HubError, SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import Adapter, open_adapter
 from merge_cli.lora.application import apply_adapter
-from merge_cli.lora.config import base_note
+from merge_cli.lora.base_note import base_note
 from merge_cli.lora.heads import changed_config
 from merge_cli.recipe.reference import (
     HUB,

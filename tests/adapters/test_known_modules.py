@@ -44,6 +44,12 @@ def test_modules_are_those_of_transformers(tmp_path: Path, kind: Any, tied: bool
     assert set(modules.parameters(stored)) == set(stored)
     assert modules.experts(stored) == oracle.experts(stored)
     assert modules.task_type == oracle.task_type
+    known, every = modules.modules(stored), oracle.modules(stored)
+    holding = {name: module for name, module in every.items() if module.tensors}
+    assert known == {name: holding[name] for name in known}
+    assert holding.keys() - known.keys() <= ({"lm_head"} if tied else set())
+    for name in known:  # PEFT looks modules up by the ends of their names
+        assert [other for other in every if other.endswith(name)] == [name]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import merge_cli
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError, SourceError
 from merge_cli.options import MergeOptions
-from tests.support.adapters import LINEAR, gpt2, llama, write
+from tests.support.adapters import LINEAR, gpt2, llama, mixtral, write
 from tests.support.command import cli
 from tests.support.hub_server import HubServer
 from tests.support.tiny import read_model
@@ -280,10 +280,48 @@ def test_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
     for method in ("ties", "soup"):
-        with pytest.raises(MergeCliError, match="NaN"):
+        with pytest.raises(MergeCliError, match="NaN") as caught:
             merge(tmp_path, method)
+        assert "adapter2, adapter_model.safetensors, base_model.model." in str(caught.value)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mixtral])
+def test_changes_that_cancel_out_make_an_adapter_that_is_loaded(tmp_path: Path, make: Any) -> None:
+    abouts = {
+        llama: {"target_modules": LINEAR}, gpt2: {"target_modules": ["c_attn"]},
+        mixtral: {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+    }  # fmt: skip
+    write(tmp_path, make, 1, r=2, **abouts[make])
+    shutil.copytree(tmp_path / "adapter1", tmp_path / "adapter2")
+    models = [{"model": name, "parameters": {"weight": weight}}
+              for name, weight in zip(NAMES, (0.0, 0.0), strict=True)]  # fmt: skip
+    path = recipe(tmp_path, "task_arithmetic", models)
+    done = cli("run", path, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "no module changes" in done.stdout
+    assert not any(change.any() for change in changes(tmp_path, "out").values())
+
+
+def test_what_an_adapter_lacks_or_holds_in_vain_is_noted(tmp_path: Path) -> None:
+    write(tmp_path, llama, 1, r=2, target_modules=["q_proj", "embed_tokens"])
+    write(tmp_path, llama, 2, r=2, target_modules=["q_proj", "v_proj"])
+    file = tmp_path / "adapter2" / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "v_proj" not in n}, file)
+    notes = merge_cli.plan(recipe(tmp_path, "ties")).notes
+    assert any("adapter1: its copy of model.embed_tokens.weight is left out" in n for n in notes)
+    assert any("adapter2: adapter_config.json names v_proj, and it has no" in n for n in notes)
+    assert sum("no factors for that" in note for note in notes) == 1
+
+
+def test_factors_that_the_config_does_not_select_are_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(tmp_path, llama, number, r=2, target_modules=LINEAR)
+    file = tmp_path / "adapter2" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "exclude_modules": ["v_proj"]}))
+    with pytest.raises(MismatchError, match="v_proj: adapter2: exclude_modules in adapter_config"):
+        merge_cli.plan(recipe(tmp_path, "ties"))
 
 
 def test_the_command(tmp_path: Path) -> None:

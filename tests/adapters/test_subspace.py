@@ -45,6 +45,19 @@ def test_they_hold_nearly_what_the_best_hold(
     assert 0.96 if decay < 0.5 else 0.995 <= held <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-7, 5e-6, 2e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("rank", [1, 7])
+def test_directions_that_are_nearly_alike(decay: float, rank: int) -> None:
+    """A turn of space, or nearly one: of each product next to nothing is outside the space."""
+    matrix = with_spectrum((130, 130), np.arange(1.0, 131) ** -decay, 3)
+    factors = factorise(matrix, RankTruncation(rank))
+    assert factors is not None
+    error = np.square(matrix - factors.left.astype("f8") @ factors.right).sum()
+    squares = np.square(matrix.astype("f8")).sum()
+    assert factors.share == pytest.approx(1 - error / squares, abs=2e-6)
+    assert factors.share > 0.96 * rank / 130
+
+
 @pytest.mark.parametrize("true_rank", [0, 1, 3, 8, 30])
 def test_a_matrix_of_lower_rank_comes_back_with_that_rank(true_rank: int) -> None:
     generator = np.random.default_rng(true_rank)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from merge_cli.errors import MergeCliError
-from merge_cli.lora.config import base_note, by_pattern, read_config
+from merge_cli.lora.base_note import base_note
+from merge_cli.lora.config import by_pattern, read_config
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
@@ -85,7 +86,11 @@ WRONG: dict[str, list[Any]] = {
     "rank_pattern": [[1], "x", {"a": "b"}, {"a": 0}, {"(": 2}],
     "alpha_pattern": [3, {"a": None}, {"(": 1}, {"a" * 200_000: 1}, {"*": 1}],
     "use_rslora": ["yes", 1], "fan_in_fan_out": [{}, "no"], "bias": [True, "some", []],
-    "modules_to_save": ["embed_tokens", [1], {"a": 1}], "target_parameters": ["experts", [None]],
+    "modules_to_save": ["embed_tokens", [1], {"a": 1}, ["("], [""]],
+    "target_parameters": ["experts", [None]],
+    "target_modules": [3, [1], {"a": 1}, "(", "a" * 200_000],
+    "exclude_modules": [True, [None], {"a": 1}, "*"],
+    "layers_to_transform": ["1", [0.5], [True], {"a": 1}], "layers_pattern": [3, [1], ["("], "("],
     "task_type": [3, []], "peft_type": [7, ["LORA"]],
 }  # fmt: skip
 
@@ -96,6 +101,13 @@ def test_values_of_the_wrong_kind(tmp_path: Path, field: str) -> None:
         start = time.monotonic()
         assert "adapter_config.json" in said(tmp_path, **{field: value}), value
         assert time.monotonic() - start < 1
+
+
+def test_layers_of_an_expression_are_refused_as_peft_does(tmp_path: Path) -> None:
+    assert "an expression" in said(tmp_path, target_modules=".*q", layers_to_transform=[0])
+    assert "an expression" in said(tmp_path, target_modules=".*q", layers_to_transform=0)
+    assert said(tmp_path, target_modules=".*q", layers_to_transform=None) == ""
+    assert said(tmp_path, target_modules=["q"], layers_to_transform=0, layers_pattern="h") == ""
 
 
 def test_no_mapping_and_no_json(tmp_path: Path) -> None:

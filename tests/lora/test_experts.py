@@ -172,6 +172,10 @@ def test_single_experts_on_stacked_files(tmp_path: Path) -> None:
                 tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, columns) * 0.1
                 tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4) * 0.1
     save_file(tensors, folder / "adapter_model.safetensors")
+    config = folder / "adapter_config.json"
+    about = json.loads(config.read_text())
+    about["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
+    config.write_text(json.dumps(about))
     single = merge(passthrough(tmp_path), tmp_path / "single")
     base = read_model(tmp_path / "base")
     key = "model.layers.0.mlp.experts.2.up_proj.weight"
