@@ -149,14 +149,15 @@ def _files(root: Path) -> Iterator[Path]:
         nested = [path for folder in inner for path in sorted(folder.iterdir())]
     except OSError:
         return
-    yield from (path for path in (*top, *nested) if _decides(path.name) and path.is_file())
+    yield from (path for path in (*top, *nested) if decides(path.name) and path.is_file())
 
 
 def _has_folders(root: Path) -> bool:
     return any((root / name).is_file() for name in _FOLDERS)
 
 
-def _decides(name: str) -> bool:
+def decides(name: str) -> bool:
+    """Whether a file of that name in a model's folder decides what is made of the model."""
     ends = name.endswith((".safetensors", ".index.json", ".py"))
     return ends or name in _DECIDING or is_companion(name)
 

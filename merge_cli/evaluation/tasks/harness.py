@@ -42,6 +42,9 @@ class Harness(Task):
         if self.system and not self.chat_template:
             raise ValueError(SYSTEM_WITHOUT_CHAT)
 
+    def files(self) -> tuple[Path, ...]:
+        return () if self.include is None else tuple(self.include.rglob("*"))
+
     def data_digest(self) -> str:
         return ""
 

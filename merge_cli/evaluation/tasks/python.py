@@ -33,6 +33,9 @@ class PythonTask(Task):
     better: Literal["lower", "higher"] = option("higher", "the direction of improvement")
     folder: Path = option(Path(), "where the file's relative path starts")
 
+    def files(self) -> tuple[Path, ...]:
+        return (self._file_and_name()[0],)
+
     def data_digest(self) -> str:
         path, name = self._file_and_name()
         return f"{file_fingerprint(path)} {name}"
