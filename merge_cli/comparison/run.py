@@ -38,6 +38,7 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
 from merge_cli.sources.result_files import refuse_replacing
 from merge_cli.sources.source import Source, fetch_weights
+from merge_cli.system.paths import require_text
 from merge_cli.system.raw_io import write_error
 
 RESUMES = "The same command resumes: finished merges and evaluations are kept."
@@ -89,6 +90,7 @@ def compare(
         Interrupted: by Ctrl-C; the same call resumes.
     """
     folder = Path(out)
+    require_text(folder)
     planned = [_planned(path) for path in recipes]
     base, sources = _family([p for plan in planned for p in plan.variants.values() or [plan]])
     names = EntryNames(base, sources)

@@ -10,6 +10,7 @@ from typing import Any
 from merge_cli.errors import ResourceError, SourceError
 from merge_cli.evaluation.rows import Row, content_of, make_row, read_rows
 from merge_cli.recipe.data import Data
+from merge_cli.system.paths import require_text
 
 _FIELDS = ("text", "prompt", "completion", "messages")
 VALIDATION = TEST = 0.1  # shares of the rows, about
@@ -46,6 +47,7 @@ def part_of(row: Row) -> str:
 def _file_rows(path: Path) -> list[Row]:
     if path.suffix != ".parquet":
         return read_rows(path)
+    require_text(path)
     try:
         import pyarrow.parquet as parquet
     except ImportError:

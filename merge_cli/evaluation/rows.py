@@ -27,6 +27,7 @@ from typing import Any
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.chat import TemplateError, render_chat
 from merge_cli.evaluation.tokens import Encoded, encode_pair, first_unknown, row_start
+from merge_cli.system.paths import require_text
 from merge_cli.system.untrusted import MAX_TEXT, Unreadable, kind_of, parse_json, read_text
 
 _PLAIN = (".txt", ".md")
@@ -106,6 +107,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         SourceError: missing, not UTF-8, not JSON lines (with the line), or without a row.
     """
+    require_text(path)
     try:
         # No limit on size: a data set may be larger than any file of a model.
         text = read_text(path, limit=max(MAX_TEXT, path.stat().st_size))
