@@ -60,11 +60,17 @@ class HelpCommand(TyperCommand):
 
         Raises:
             UsageError: the working directory is gone, or a path is not text.
+            RuntimeError: something has ended the program, which must not pass for success.
         """
         if self.name not in _WITHOUT_FILES:
             require_working_folder()
         require_arguments(ctx.params.values())
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # sys.exit, in code that is not ours
+            raise RuntimeError(f"the program was ended by {error!r}") from error
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with _short_spellings(self.get_params(ctx)):

@@ -80,7 +80,10 @@ class Harness(Task):
                     )
                 except MergeCliError:  # about the model, and not about the task
                     raise
-                except Exception as error:  # tasks are code and templates that can raise anything
+                except (
+                    Exception,
+                    SystemExit,
+                ) as error:  # tasks are code and templates that can raise anything
                     message = f"lm-eval cannot run '{self.lm_eval}': {error}"
                     raise SourceError(message, model=live.label) from error
         on_progress(1, 1)
