@@ -162,7 +162,9 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     )
     roots = [plan.sources[i].root for i in (plan.config_index, plan.tokenizer_index)]
     origins = [made.get(root, os.path.normpath(root)) for root in roots]
-    parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
+    templates = plan.templates
+    parts = [origins, files, templates.text, json.dumps(dict(plan.config), sort_keys=True)]
+    parts += [sorted(templates.named.items())] if templates.named else []
     local_roots = {
         source.root for source in plan.sources if source.repository is None and not source.planned
     }

@@ -27,6 +27,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.sections import Key, Section
+from merge_cli.system.chat_templates import template_error
 from merge_cli.system.untrusted import Unreadable, read_text
 
 UNION, BASE = "union", "base"
@@ -217,7 +218,8 @@ class TemplateForm(Form):
             return word
         text = template_text(word, reader.folder)
         if text is not None:
-            return text
+            error = template_error(text)
+            return reader.refuse(node, key, f"not valid Jinja: {error}") if error else text
         message = f"no template of that name, and no such file: {word}."
         hint = f"Use auto, {', '.join(BUILT_IN)}, or Jinja."
         return reader.refuse(node, key, message, hint)
