@@ -11,6 +11,7 @@ from merge_cli.checkpoint.layout import indexes
 from merge_cli.planning.plan import Plan, outputs_of
 from merge_cli.sources.source import fetch_weights
 from merge_cli.system.raw_io import write_error
+from merge_cli.system.untrusted import plain_json
 from merge_cli.tokenizer.chat_template import without_template
 from merge_cli.tokenizer.files import TEMPLATES
 from merge_cli.tokenizer.renumbering import renumber
@@ -76,7 +77,7 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
 
 def _write_config(plan: Plan, source: Path, target: Path) -> None:
     """The source's bytes where nothing changed."""
-    content = source.read_bytes()
+    content = plain_json(source.read_bytes())
     if plan.config == json.loads(content):
         target.write_bytes(content)
     else:
