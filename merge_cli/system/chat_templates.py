@@ -10,14 +10,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+MAX_TEMPLATE = 2**20  # the longest in the wild have 30,000 characters
+
 
 @lru_cache(maxsize=64)
 def template_error(text: str) -> str:
-    """Why a template cannot be compiled, with its line; empty where it can.
-
-    Args:
-        text: of at most `recipe.tokenizer.MAX_TEMPLATE` characters.
-    """
+    """Why a template cannot be compiled, with its line; empty where it can."""
+    if len(text) > MAX_TEMPLATE:
+        return f"it has {len(text)} characters (at most {MAX_TEMPLATE})"
     from jinja2 import TemplateSyntaxError
 
     try:

@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 
 from merge_cli.recipe.tokenizer import BUILT_IN
-from merge_cli.system.chat_templates import template_error
+from merge_cli.system.chat_templates import MAX_TEMPLATE, template_error
 
 VALID = [
     *BUILT_IN.values(),
@@ -74,6 +74,10 @@ def test_constants_are_not_computed(text: str) -> None:
     begun = time.process_time()
     assert template_error(text) == ""
     assert time.process_time() - begun < 1
+
+
+def test_no_time_is_spent_on_endless_templates() -> None:
+    assert "at most" in template_error("{{ 1 }}" * MAX_TEMPLATE)
 
 
 def test_the_line_is_named() -> None:
