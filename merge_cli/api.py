@@ -117,7 +117,7 @@ def merge(
     check = _quality_check(written, evaluation, gates, no_worse)
     with on_cluster(options):
         decided = loaded if isinstance(loaded, Plan) else plan(loaded, shard_size=shard_size)
-        for note in check.check(decided) if check else ():
+        for note in check.check(decided, Path(out)) if check else ():
             on_progress(Progress("evaluate", 0, 0, note))
         result = merge_plan(
             decided,

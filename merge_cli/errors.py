@@ -38,9 +38,10 @@ class MergeCliError(Exception):
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         self.message, self.where, self.hint = message, where, hint
-        parts = [part for part in (message, where, hint) if part]
-        # Full stops belong to the end: `unknown method 'tie' — Did you mean 'ties'?`
-        super().__init__(" — ".join([*(p.rstrip(".") for p in parts[:-1]), *parts[-1:]]))
+        # Full stops belong to the end: `unknown method 'tie' — Did you mean 'ties'?` A place keeps
+        # its own: the folder `.` is one.
+        first = message.rstrip(".") if where or hint else message
+        super().__init__(" — ".join(part for part in (first, where, hint) if part))
 
     def at(self, position: str) -> MergeCliError:
         """The same error with the place in a recipe that it comes from: `file:line:column`."""

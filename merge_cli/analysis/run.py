@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from merge_cli.errors import UsageError
 from merge_cli.kernels.measures import Relations
 from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.planning.planner import load_recipe
+from merge_cli.recipe.named_files import named_files
 from merge_cli.recipe.schema import Recipe
+from merge_cli.sources.result_files import refuse_replacing
 from merge_cli.system.garbage import uncollected
 from merge_cli.tokenizer.files import read_tokenizer
 
@@ -38,6 +40,7 @@ def analyze(
     seed: int | None = None,
     options: MergeOptions | None = None,
     on_progress: OnProgress | None = None,
+    results: Mapping[str, Path | None] | None = None,
 ) -> Analysis:
     """Describe models before they are merged, from their weights and files alone.
 
@@ -49,9 +52,11 @@ def analyze(
         seed: for sampling matrices, rows and columns for ranks; default: the recipe's.
         options: device, threads and memory; others have no effect.
         on_progress: called with progress.
+        results: option -> the file that will be written of it; none may be one that is read.
 
     Raises:
-        UsageError: neither a recipe nor models, or both; fewer than two models.
+        UsageError: neither a recipe nor models, or both; fewer than two models; a result that
+            would replace what is read.
         RecipeError, SourceError, NonFiniteError, ResourceError: see `merge_cli.errors`.
     """
     if (recipe is None) == (not models):
@@ -74,6 +79,8 @@ def analyze(
     settings = options or MergeOptions()
     device = choose_device(settings.device)
     model_set = open_model_set(loaded)
+    if results:
+        refuse_replacing(results, model_set.sources, named_files(loaded))
     fetch_inputs(model_set.plan, on_progress)
     measurements = measure_models(model_set, device, settings, on_progress)
     analysis = _analysis(model_set, measurements, device.name)

@@ -16,6 +16,9 @@ from merge_cli.errors import UsageError
 from merge_cli.evaluation.forward import require_finite
 from merge_cli.evaluation.live import LiveModel, memory_errors, quiet_libraries
 
+# float32 divides by no more and no less than this. Below and above, nothing changes any more: the
+# likeliest token is taken, or all are equally likely.
+_COLDEST, _HOTTEST = 1e-37, 1e37
 _SMALLER = "Try a smaller --max-tokens, or --dtype bfloat16."
 
 Ended = Literal["end", "length", "stopped"]
@@ -98,7 +101,7 @@ def answer(
 
     def finite(_: Any, logits: Any) -> Any:
         require_finite(logits.float().logsumexp(-1), live.label)
-        return logits
+        return _divisible(logits, config.temperature) if config.do_sample else logits
 
     room = min(sampling.max_tokens, live.max_length - len(ids))
     config = _generation(live, sampling, room)
@@ -143,7 +146,7 @@ def _generation(live: LiveModel, sampling: Sampling, room: int) -> Any:
     if sampling.temperature > 0:
         options = {
             "do_sample": True,
-            "temperature": sampling.temperature,
+            "temperature": min(max(sampling.temperature, _COLDEST), _HOTTEST),
             "top_p": sampling.top_p,
             "top_k": 0,
         }
@@ -153,6 +156,16 @@ def _generation(live: LiveModel, sampling: Sampling, room: int) -> Any:
         pad_token_id=ends[0] if ends else 0,
         **options,
     )
+
+
+def _divisible(logits: Any, temperature: float) -> Any:
+    """Logits that have a probability at a temperature: [n, tokens].
+
+    Divided by very little, the largest would overflow. Only differences count, so that it may as
+    well be 0: then the others overflow to a probability of 0.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    return logits if bool((largest / temperature).isfinite().all()) else logits - largest
 
 
 def _ends(tokens: int | Sequence[int] | None) -> list[int]:

@@ -1,8 +1,8 @@
 """The files beside the weights: tokenizer, settings and code that a merged model takes over.
 
-They are copied byte for byte. A link that leads out of its model's folder is refused: it could
-bring any file of this machine into the output, and from there to the Hub. Links inside the folder
-are the model's own, and so are those of the Hub's cache:
+They are copied byte for byte; JSON that is not UTF-8 is written as UTF-8. A link that leads out of
+its model's folder is refused: it could bring any file of this machine into the output, and from
+there to the Hub. Links inside the folder are the model's own, and so are those of the Hub's cache:
 
     models--org--name/snapshots/COMMIT/tokenizer.json -> ../../blobs/HASH
 
@@ -12,6 +12,7 @@ not to merge.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from typing import Any
 
 from merge_cli.checkpoint.components import MODULES, PIPELINE, module_folders
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.system.untrusted import Unreadable, read_json, read_text
+from merge_cli.system.untrusted import Unreadable, plain_json, read_json, read_text
 from merge_cli.system.untrusted_yaml import read_front
 
 # Files whose auto_map may name Python files beside them.
@@ -266,11 +267,22 @@ def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
 def copy_inside(path: Path, root: Path, target: Path) -> None:
     """Copy a file of a folder, unless it is a link out of it by now.
 
+    JSON in another encoding is written as UTF-8, which is all that transformers reads.
+
     Raises:
         SourceError: it is.
     """
     refuse_links([path], root, str(root))
-    shutil.copyfile(path, target)
+    if path.suffix == ".json" and not _is_plain(path):
+        target.write_bytes(plain_json(path.read_bytes()))
+    else:
+        shutil.copyfile(path, target)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether JSON is UTF-8 without a byte order mark, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8"
 
 
 _FRONT = re.compile(r"\A\ufeff?---\r?\n(.*?)\r?\n---\r?(\n|\Z)", re.DOTALL)

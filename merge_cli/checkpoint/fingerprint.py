@@ -24,6 +24,7 @@ from merge_cli.checkpoint.auxiliary_files import companion_files, is_companion
 from merge_cli.checkpoint.components import PIPELINE
 from merge_cli.system.caches import cache_folder, write_cached
 from merge_cli.system.machine import usable_cores
+from merge_cli.system.paths import require_names
 from merge_cli.system.records import read_sealed, seal
 
 _FOLDERS = (PIPELINE, "modules.json")  # files that name folders of the model
@@ -52,9 +53,14 @@ def fingerprint_of(path: Path) -> FileFingerprint:
 
 
 def folder_fingerprints(root: Path) -> dict[Path, FileFingerprint]:
-    """The files of a model's folder that decide what is made of it, as they are now."""
-    result = {}
-    for path in _files(root):
+    """The files of a model's folder that decide what is made of it, as they are now.
+
+    Raises:
+        SourceError: a file whose name is not text.
+    """
+    files, result = [*_files(root)], {}
+    require_names((path.name for path in files), str(root))
+    for path in files:
         try:
             result[path] = fingerprint_of(path)
         except OSError:  # gone meanwhile, or a link to nowhere: whoever needs it will say so
@@ -149,14 +155,15 @@ def _files(root: Path) -> Iterator[Path]:
         nested = [path for folder in inner for path in sorted(folder.iterdir())]
     except OSError:
         return
-    yield from (path for path in (*top, *nested) if _decides(path.name) and path.is_file())
+    yield from (path for path in (*top, *nested) if decides(path.name) and path.is_file())
 
 
 def _has_folders(root: Path) -> bool:
     return any((root / name).is_file() for name in _FOLDERS)
 
 
-def _decides(name: str) -> bool:
+def decides(name: str) -> bool:
+    """Whether a file of that name in a model's folder decides what is made of the model."""
     ends = name.endswith((".safetensors", ".index.json", ".py"))
     return ends or name in _DECIDING or is_companion(name)
 
@@ -204,8 +211,10 @@ def _cache_path(path: Path) -> Path:
     """Where a file's digest is remembered: by all that changes when the file does."""
     status = path.stat()
     times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
-    identity = f"{path.resolve()}\0{status.st_size}\0{times}\0{status.st_ino}"
-    return cache_folder() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+    identity = f"\0{status.st_size}\0{times}\0{status.st_ino}".encode()
+    # A link may lead to a name that is not text.
+    fingerprint = hashlib.sha256(os.fsencode(path.resolve()) + identity)
+    return cache_folder() / "digests" / fingerprint.hexdigest()
 
 
 def _now() -> float:

@@ -55,8 +55,11 @@ def analyze(
     from merge_cli import console
     from merge_cli.options import MergeOptions
     from merge_cli.planning.planner import load_recipe
+    from merge_cli.sources.result_files import check_writable
     from merge_cli.system.machine import parse_size
 
+    results = {"--html": html, "--write-recipe": write_recipe}
+    check_writable(results)
     options = MergeOptions(
         device=device, threads=threads, max_memory=parse_size(max_memory, "--max-memory")
     )
@@ -70,7 +73,9 @@ def analyze(
     from merge_cli.analysis.run import analyze as measure
 
     with screen.progress() as on_progress:
-        analysis = measure(**selection, seed=seed, options=options, on_progress=on_progress)
+        analysis = measure(
+            **selection, seed=seed, options=options, on_progress=on_progress, results=results
+        )
     hint = write_recipe is None
     screen.analysis(analysis, layers=layers, as_json=as_json, recipe_hint=hint)
     if html is not None:

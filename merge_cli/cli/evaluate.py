@@ -23,7 +23,6 @@ from merge_cli.cli.options import (
     ThreadsOption,
     switch,
 )
-from merge_cli.errors import UsageError
 
 
 def evaluate(
@@ -91,6 +90,7 @@ def evaluate(
     from merge_cli.evaluation.gates import check_gates, read_gates, require
     from merge_cli.evaluation.run import evaluate_all, spec_of, write_examples
     from merge_cli.evaluation.summary import summary
+    from merge_cli.sources.result_files import check_writable
     from merge_cli.system.machine import parse_size
 
     spec = spec_of(eval_file, data or []).changed(
@@ -104,17 +104,15 @@ def evaluate(
         cache=False if no_cache else None,
     )
     spec = spec.limited(limit)
-    if examples is not None and not examples.absolute().parent.is_dir():
-        raise UsageError("no such folder", where=str(examples.parent))
-    if examples is not None and examples.is_dir():
-        raise UsageError("is a folder; --examples names a file", where=str(examples))
+    results = {"--examples": examples}
+    check_writable(results)
     gates = read_gates(gate or [], no_worse or [], spec.tasks)
     screen = console.Screen(quiet=quiet)
     others = against or []
     names_of = {g.reference: _named_by(g.reference, others) for g in gates if g.reference}
     names = list(dict.fromkeys([model, *others, *names_of.values()]))
     with screen.steps() as on_progress:
-        evaluations = evaluate_all(names, spec, on_progress)
+        evaluations = evaluate_all(names, spec, on_progress, results=results)
     rows = summary(list(evaluations.values()))
     if as_json:
         console.print_json(json.dumps(rows, ensure_ascii=False))

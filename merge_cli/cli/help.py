@@ -14,11 +14,13 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from merge_cli.cli.guesses import ALIASES, command_meant, option_meant
+from merge_cli.system.paths import require_arguments, require_working_folder
 
 # Titles of the panels that several commands share.
 RESOURCES = "Resources"
 EVALUATION = "Evaluation"
 MERGEKIT = "mergekit's flags"
+_WITHOUT_FILES = ("methods", "schema")  # commands that work wherever they are run
 
 
 class HelpCommand(TyperCommand):
@@ -52,6 +54,23 @@ class HelpCommand(TyperCommand):
         if meant and not meant.startswith("-"):
             return f" Write {meant} without a flag."
         return f" Did you mean '{meant}'?" if meant else ""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, if it can be told where its files are.
+
+        Raises:
+            UsageError: the working directory is gone, or a path is not text.
+            RuntimeError: something has ended the program, which must not pass for success.
+        """
+        if self.name not in _WITHOUT_FILES:
+            require_working_folder()
+        require_arguments(ctx.params.values())
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # sys.exit, in code that is not ours
+            raise RuntimeError(f"the program was ended by {error!r}") from error
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with _short_spellings(self.get_params(ctx)):

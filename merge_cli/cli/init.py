@@ -87,7 +87,14 @@ def init(
         models = questions.models(base)
     with screen.progress() as on_progress:
         study = drafting.study_models(
-            base, models, data=data or (), read=not headers_only, on_progress=on_progress
+            base,
+            models,
+            data=data or (),
+            read=not headers_only,
+            results={}
+            if to_stdout or questions is not None
+            else drafting.result_files(output, schema=schema),
+            on_progress=on_progress,
         )
     screen.notes(study.notes)
     if questions is None:
@@ -139,6 +146,7 @@ def _agreed(
             chosen_method = method or questions.method(proposed, method_names())
             path = questions.path(output)
             drafting.check_path(path, overwrite)
+            drafting.refuse_read(study, drafting.result_files(path, schema=schema))
             scaffold = drafting.scaffold(
                 study, path, None if chosen_method == proposed else chosen_method, schema=schema
             )

@@ -232,7 +232,7 @@ def run(
         with screen.doing(_PLANNING):
             plan = plan_recipe(loaded, shard_size=shard_bytes)
             keep_to_the_end()  # a plan of a million objects
-            notes = check.check(plan) if check is not None else ()
+            notes = check.check(plan, out) if check is not None else ()
         screen.notes(notes)
         if dry_run or out is None:
             if out is not None:

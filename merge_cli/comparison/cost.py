@@ -22,6 +22,7 @@ from merge_cli.system.raw_io import replace_file, write_error
 from merge_cli.system.records import read_lines, seal
 from merge_cli.system.untrusted import read_mapping
 
+COSTS = "costs.jsonl"  # in the comparison's folder
 _RAPL = Path("/sys/class/powercap")
 Reading = tuple[float, float]  # joules so far, and where the counter wraps (0: never)
 

@@ -6,6 +6,7 @@ Tables, page and terminal output are made only from the record in comparison.jso
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -13,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from merge_cli.comparison.cost import COSTS
+from merge_cli.comparison.entries import SOUP, TASK_ARITHMETIC
 from merge_cli.comparison.page import render_comparison
 from merge_cli.comparison.result import Comparison, ModelEntry, ModelScore
 from merge_cli.comparison.tables import csv_text, markdown
@@ -21,6 +24,25 @@ from merge_cli.evaluation.run import write_examples
 from merge_cli.system.raw_io import write_error
 
 SCHEMA = 1
+_RECORD, _MARKDOWN, _CSV, _PAGE = (f"comparison.{end}" for end in ("json", "md", "csv", "html"))
+_EXAMPLES = "examples.jsonl"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
+
+
+def recipe_file(folder: Path, baseline: str) -> Path:
+    """The file of a baseline's recipe."""
+    return folder / "recipes" / f"{slug(baseline)}.yaml"
+
+
+def result_files(folder: Path) -> dict[str, Path]:
+    """Every file that a comparison writes into its folder, by the option that says so."""
+    files = [folder / name for name in (COSTS, _RECORD, _MARKDOWN, _CSV, _PAGE, _EXAMPLES)]
+    files += [recipe_file(folder, name) for name in (SOUP, TASK_ARITHMETIC)]
+    return {f"--out ({file.relative_to(folder)})": file for file in files}
 
 
 def comparison_record(comparison: Comparison) -> dict[str, Any]:
@@ -106,16 +128,16 @@ def write_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """
     record = comparison_record(comparison)
     files = {
-        "comparison.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
-        "comparison.md": markdown(record),
-        "comparison.csv": csv_text(record),
-        "comparison.html": render_comparison(record),
+        _RECORD: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
+        _MARKDOWN: markdown(record),
+        _CSV: csv_text(record),
+        _PAGE: render_comparison(record),
     }
     try:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         evaluations = [(entry.name, entry.evaluation) for entry in comparison.entries]
-        write_examples(evaluations, folder / "examples.jsonl")
+        write_examples(evaluations, folder / _EXAMPLES)
     except OSError as error:
         raise write_error(error, folder) from error
     return record

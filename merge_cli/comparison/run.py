@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
-from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
+from merge_cli.comparison.cost import COSTS, CostLog, MergeCost, run_merge
 from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
+from merge_cli.comparison.files import recipe_file, result_files, slug
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import device_of
 from merge_cli.engine.journal import work_key
@@ -33,9 +33,12 @@ from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
 from merge_cli.planning.stages import plan_recipe
 from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.named_files import named_files
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
+from merge_cli.sources.result_files import refuse_replacing
 from merge_cli.sources.source import Source, fetch_weights
+from merge_cli.system.paths import require_text
 from merge_cli.system.raw_io import write_error
 
 RESUMES = "The same command resumes: finished merges and evaluations are kept."
@@ -87,15 +90,19 @@ def compare(
         Interrupted: by Ctrl-C; the same call resumes.
     """
     folder = Path(out)
+    require_text(folder)
     planned = [_planned(path) for path in recipes]
     base, sources = _family([p for plan in planned for p in plan.variants.values() or [plan]])
     names = EntryNames(base, sources)
+    read = [*map(Path, recipes), *(file for plan in planned for file in named_files(plan.recipe))]
+    models_read = [*(source for plan in planned for source in plan.sources), *spec.models()]
+    refuse_replacing(result_files(folder), models_read, [*read, *spec.files()])
     where = MergeOptions(device=spec.device, ray=ray)
     options = [*options, *(["--ray", ray] if ray else [])]
     try:
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
         merges = _merges(recipes, planned, base, sources, names, folder, device_of(where).kind)
-        cost_log = CostLog(folder / "costs.jsonl")
+        cost_log = CostLog(folder / COSTS)
     except OSError as error:
         raise write_error(error, folder) from error
     names_in_comparison = [
@@ -240,7 +247,7 @@ def _merges(
             same[name] = by_key[key].name
             notes.append(f"{name} is the same merge as {by_key[key].name}")
             return
-        made = sweep or folder / "models" / f"{_slug(name)}-{key[:10]}"
+        made = sweep or folder / "models" / f"{slug(name)}-{key[:10]}"
         target = made / variants[name] if sweep else made
         text = file.read_text(encoding="utf-8")
         by_key[key] = _Merge(name, role, file, text, plan, target, made)
@@ -248,7 +255,7 @@ def _merges(
     for path, plan in zip(recipes, plans, strict=True):
         file = Path(path)
         if plan.variants:
-            sweep = folder / "models" / f"{_slug(file.stem)}-{work_key(plan, kind, True)[:10]}"
+            sweep = folder / "models" / f"{slug(file.stem)}-{work_key(plan, kind, True)[:10]}"
             for variant, decided in plan.variants.items():
                 name = names.of_variant(file, variant)
                 variants[name] = variant
@@ -265,7 +272,7 @@ def _merges(
     for name, text in baseline_recipes(
         _reference(base) if base else None, references, dtype
     ).items():
-        file = folder / "recipes" / f"{_slug(name)}.yaml"
+        file = recipe_file(folder, name)
         file.write_text(text, encoding="utf-8")
         try:
             plan = make_plan(load_recipe(file))
@@ -322,7 +329,3 @@ def _experts(spec: EvalSpec, names: Sequence[str]) -> tuple[dict[str, str], list
                 "(name its expert by `expert`)"
             )
     return experts, notes
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")

@@ -22,6 +22,7 @@ from merge_cli.formats.gguf.writing import GgufPlan, Piece, plan_file
 from merge_cli.options import Progress
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.sources.opening import open_source
+from merge_cli.sources.result_files import refuse_replacing
 from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.raw_io import unfinished_file, write_error
 from merge_cli.system.untrusted import Unreadable
@@ -43,7 +44,7 @@ def write_gguf(
         tensors, bytes, two empty lists, and notes: as `run.Converted` has them.
 
     Raises:
-        UsageError: OUT is there, or no such kind.
+        UsageError: OUT is there, or is what is read; no such kind.
         SourceError: a model or a tokenizer that the format cannot express.
         ResourceError: the file cannot be written.
     """
@@ -52,11 +53,10 @@ def write_gguf(
         raise UsageError("the output exists already", where=str(out), hint=hint)
     here = Path.cwd()
     source = open_source(parse_reference(model, here), here)
+    refuse_replacing({"OUT": out}, [source], overwrite=overwrite)
     plan, name = _planned(source, kind)
     fetch_weights(source, source.header_bytes)
     weights = [source.root / file for file in source.header_bytes]
-    if any(os.path.realpath(out) == os.path.realpath(path) for path in weights):
-        raise UsageError("the output would replace what is converted", where=str(out))
     inputs = Inputs(
         [(source.label, source.root, source.fingerprints)] if source.fingerprints else [],
         [(source.label, path) for path in weights],

@@ -20,6 +20,7 @@ from merge_cli.formats.pickled import PICKLES
 from merge_cli.hub import models as hub
 from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
+from merge_cli.system.paths import require_names, require_text
 from merge_cli.system.processes import child
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import Records
@@ -36,7 +37,9 @@ def find_pickles(model: str, on_progress: OnProgress) -> tuple[Path, list[Path]]
         SourceError: no folder, no pickled weights in it, or an index with missing files.
     """
     folder = local_folder(model, Path.cwd())
-    if folder is None:
+    if folder is not None:
+        require_text(folder)
+    else:
         reference = parse_reference(model, Path.cwd())
         repository = hub_id(reference.path)
         if repository is None:
@@ -62,6 +65,7 @@ def find_pickles(model: str, on_progress: OnProgress) -> tuple[Path, list[Path]]
     if _INDEX_OF_PICKLES in names:
         return folder, [folder / name for name in _listed(folder, names, model)]
     pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_NO_WEIGHTS)]
+    require_names(pickles, model)
     if not pickles:
         safe = any(name.endswith(".safetensors") for name in names)
         hint = "It has safetensors already: nothing needs converting." if safe else ""

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.auxiliary_files import copy_companions
+from merge_cli.checkpoint.auxiliary_files import copy_companions, copy_inside
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.headers import parse_header, read_header_file
@@ -135,7 +135,7 @@ def convert(
             _clear(work.model, entries)
             copy_companions(root, root, work.model)
             if (root / "config.json").is_file():
-                shutil.copyfile(root / "config.json", work.model / "config.json")
+                copy_inside(root / "config.json", root, work.model / "config.json")
             totals = _finish(entries, work.model)
             inputs.verify_or(work.discard)
             work.publish()

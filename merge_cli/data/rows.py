@@ -10,6 +10,7 @@ from typing import Any
 from merge_cli.errors import ResourceError, SourceError
 from merge_cli.evaluation.rows import Row, content_of, make_row, read_rows
 from merge_cli.recipe.data import Data
+from merge_cli.system.paths import require_text
 
 _FIELDS = ("text", "prompt", "completion", "messages")
 VALIDATION = TEST = 0.1  # shares of the rows, about
@@ -46,6 +47,7 @@ def part_of(row: Row) -> str:
 def _file_rows(path: Path) -> list[Row]:
     if path.suffix != ".parquet":
         return read_rows(path)
+    require_text(path)
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -53,7 +55,7 @@ def _file_rows(path: Path) -> list[Row]:
     try:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
-        message = f"is not a Parquet file: {str(error).splitlines()[0]}"
+        message = f"is not a Parquet file: {_reason(error)}"
         raise SourceError(message, file=str(path)) from None
     return _rows(table.to_pylist(), path)
 
@@ -68,10 +70,15 @@ def _hub_rows(data: Data) -> list[Row]:
         result = datasets.load_dataset(
             data.dataset, data.config, split=data.split, revision=data.revision
         )
-    except Exception as error:  # whatever its readers raise: the reason is the user's to see
-        message = f"the data set cannot be loaded: {str(error).strip().splitlines()[0]}"
+    except (Exception, SystemExit) as error:  # whatever its readers raise: the user sees why
+        message = f"the data set cannot be loaded: {_reason(error)}"
         raise SourceError(message, file=str(data.dataset)) from error
     return _rows(result, Path(str(data.dataset)))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _rows(table: Any, path: Path) -> list[Row]:

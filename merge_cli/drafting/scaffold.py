@@ -17,6 +17,7 @@ from merge_cli.drafting.proposals import by_method, from_data, from_headers
 from merge_cli.errors import MismatchError, Problem, UsageError
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.sources.result_files import check_writable, refuse_replacing
 from merge_cli.system.raw_io import write_error
 
 SCHEMA = "merge-cli.schema.json"
@@ -55,6 +56,7 @@ def study_models(
     *,
     data: Sequence[Path] = (),
     read: bool = True,
+    results: Mapping[str, Path] | None = None,
     options: MergeOptions | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> ModelStudy:
@@ -64,12 +66,14 @@ def study_models(
         base, models: folders or Hub ids.
         data: a file for each model; empty looks for them (`drafting.data.data_of`).
         read: False never reads weights.
+        results: option -> the file that will be written; none may be one that is read.
 
     Raises:
-        SourceError, MismatchError, UsageError: see `inspect_model`.
+        SourceError, MismatchError, UsageError: see `inspect_model` and `refuse_replacing`.
     """
     files = data_of(models, data)
     inspection = inspect_model(base, models)
+    _refuse_replacing(results or {}, inspection, files)
     notes = inspection.notes()
     if (
         read
@@ -131,18 +135,36 @@ def scaffold(
     return Scaffold(advice.recipe.merge_method, text)
 
 
+def result_files(path: Path, *, schema: bool) -> dict[str, Path]:
+    """What `write_scaffold` writes for a recipe in `path`, by the option that says so."""
+    return {"--output": path} | ({f"{SCHEMA} beside it": path.with_name(SCHEMA)} if schema else {})
+
+
+def refuse_read(study: ModelStudy, results: Mapping[str, Path]) -> None:
+    """Refuse to write over what was studied.
+
+    Raises:
+        UsageError: names the file.
+    """
+    _refuse_replacing(results, study.inspection, study.files)
+
+
+def _refuse_replacing(
+    results: Mapping[str, Path], inspection: ModelInspection, files: Sequence[str]
+) -> None:
+    # What exists is refused without --overwrite already.
+    refuse_replacing(results, inspection.sources, map(Path, files), overwrite=True)
+
+
 def check_path(path: Path, overwrite: bool) -> None:
     """Refuse a path that the recipe cannot be written to, before any work.
 
     Raises:
         UsageError: the file exists, or its folder does not.
     """
-    if path.is_dir():
-        raise UsageError("is a folder; --output names a file", where=str(path))
+    check_writable({"--output": path})
     if path.exists() and not overwrite:
         raise UsageError("exists", where=str(path), hint="--overwrite replaces it.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("no such folder", where=str(path.parent))
 
 
 def write_scaffold(

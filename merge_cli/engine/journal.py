@@ -82,10 +82,10 @@ def work_key(plan: Plan, *context: object) -> str:
     if plan.variants:
         keys = [(name, work_key(variant, *context)) for name, variant in plan.variants.items()]
         return hashlib.sha256(repr(("sweep", keys)).encode()).hexdigest()
-    function = plan.method.function
     try:
-        code = inspect.getsource(sys.modules[function.__module__])
+        code = inspect.getsource(sys.modules[plan.method.module])
     except (OSError, TypeError):  # defined at a prompt: there is no file to read
+        function = inspect.unwrap(plan.method.function)
         code = repr((function.__code__.co_code, function.__code__.co_consts))
     state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
     torch = library_version("torch")
@@ -162,7 +162,9 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     )
     roots = [plan.sources[i].root for i in (plan.config_index, plan.tokenizer_index)]
     origins = [made.get(root, os.path.normpath(root)) for root in roots]
-    parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
+    templates = plan.templates
+    parts = [origins, files, templates.text, json.dumps(dict(plan.config), sort_keys=True)]
+    parts += [sorted(templates.named.items())] if templates.named else []
     local_roots = {
         source.root for source in plan.sources if source.repository is None and not source.planned
     }

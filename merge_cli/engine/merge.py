@@ -17,6 +17,7 @@ from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.equal_tensors import compare
 from merge_cli.planning.plan import Plan
+from merge_cli.recipe.named_files import named_files
 from merge_cli.sources.source import fetch_weights
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import Records
@@ -118,8 +119,7 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
 
 
 def protected_paths(plan: Plan) -> list[Path]:
-    """What no output may replace: the sources, the recipe, and where we stand."""
-    recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
+    """What no output may replace: the sources, the recipe, its data, and where we stand."""
     adapters = [source.adapter.root for source in plan.sources if source.adapter]
     # A model's folder may have links to its weights: what they lead to must survive.
     linked = (
@@ -133,7 +133,7 @@ def protected_paths(plan: Plan) -> list[Path]:
         *linked,
         *adapters,
         plan.recipe.folder,
-        *recipe,
+        *named_files(plan.recipe),
         Path.cwd(),
     ]
 

@@ -100,7 +100,21 @@ class OutputWorkspace(Workspace):
             raise UsageError(message, where=str(self.target), hint=hint)
         self._refuse_mounts()
         self.refuse_strangers()
-        for path in (*protected_paths, Path.cwd(), Path(os.path.expanduser("~"))):
+        self.refuse_holding((*protected_paths, Path.cwd(), Path(os.path.expanduser("~"))))
+        if not self.target.is_dir() or not any(self.target.iterdir()):
+            return
+        if not overwrite:
+            hint = "Choose another folder, or replace it with --overwrite."
+            raise UsageError("the output exists already", where=str(self.target), hint=hint)
+        refuse_foreign(self.target)
+
+    def refuse_holding(self, protected_paths: Iterable[Path]) -> None:
+        """Raise if OUT, or the folder of unfinished work, is or holds one of these.
+
+        Raises:
+            UsageError: names the first.
+        """
+        for path in protected_paths:
             resolved = Path(os.path.realpath(path))
             taken = (self.target, self.path)
             if resolved in taken or any(folder in resolved.parents for folder in taken):
@@ -108,12 +122,6 @@ class OutputWorkspace(Workspace):
                     f"the output would replace {resolved}, which the {self.work} needs",
                     hint="Choose another folder.",
                 )
-        if not self.target.is_dir() or not any(self.target.iterdir()):
-            return
-        if not overwrite:
-            hint = "Choose another folder, or replace it with --overwrite."
-            raise UsageError("the output exists already", where=str(self.target), hint=hint)
-        refuse_foreign(self.target)
 
     def _refuse_mounts(self) -> None:
         if os.path.ismount(self.target):

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from merge_cli.errors import SourceError
-from merge_cli.recipe.tokenizer import MAX_TEMPLATE
+from merge_cli.system.chat_templates import MAX_TEMPLATE
 from merge_cli.system.processes import python_command
 
 SECONDS = 5.0  # of processor time for one rendering; known templates take milliseconds

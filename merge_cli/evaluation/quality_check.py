@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import Interrupted, UsageError
 from merge_cli.evaluation.gates import check_gates, read_gates, require
 from merge_cli.evaluation.live import load_tokenizer
@@ -51,18 +52,25 @@ class QualityCheck:
         """The tasks."""
         return self._spec
 
-    def check(self, plan: Plan) -> list[str]:
+    def check(self, plan: Plan, out: Path | None = None) -> list[str]:
         """Find what is wrong before anything is merged, or a weight downloaded.
+
+        Args:
+            out: the folder of the merge, which may not hold what the tasks read; None where
+                nothing is merged.
 
         Returns:
             what to know of the tasks: rows that the merge is made or chosen by.
 
         Raises:
-            UsageError: a gate whose model takes no part.
+            UsageError: a gate whose model takes no part; OUT holds what a task reads.
             SourceError: data that cannot be read, a row that is not as its task needs it, a
                 tokenizer that cannot be loaded.
             ResourceError: a package that a task needs is missing.
         """
+        if out is not None:
+            teachers = [model.root for model in self._spec.models()]
+            OutputWorkspace(out).refuse_holding([*self._spec.files(), *teachers])
         libraries.require("torch", "evaluating the merge")
         for task in self._spec.tasks:
             task.check_data(self._spec.seed)

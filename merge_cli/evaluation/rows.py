@@ -6,7 +6,8 @@ JSON lines (.jsonl, .json), a row each:
     {"prompt": ..., "completion": ...}       only the completion's tokens count
     {"messages": [{"role", "content"}, ...]} only the last message's tokens count
 
-and plain text (.txt, .md), whose one row is the file. A field that is `null` is absent.
+and plain text (.txt, .md), whose one row is the file. A field that is `null` is absent. Of a row
+that has several of these forms, the last one listed counts; that is said once for each file.
 
 A search or training must be judged on rows that it has not seen. Files and lines do not decide
 that: one file may be named twice, or have a row twice. Rows are the same where their texts are,
@@ -27,6 +28,8 @@ from typing import Any
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.chat import TemplateError, render_chat
 from merge_cli.evaluation.tokens import Encoded, encode_pair, first_unknown, row_start
+from merge_cli.system.notices import say_once
+from merge_cli.system.paths import require_text
 from merge_cli.system.untrusted import MAX_TEXT, Unreadable, kind_of, parse_json, read_text
 
 _PLAIN = (".txt", ".md")
@@ -63,9 +66,11 @@ class Row:
             SourceError: the row has none of the forms above.
         """
         if "completion" in self.fields:
+            self._leave_out("completion", "text")
             prompt = self.text("prompt") if "prompt" in self.fields else ""
             return prompt, self.text("completion")
         if "text" in self.fields:
+            self._leave_out("text", "prompt")
             return "", self.text("text")
         message = f"has neither text nor completion nor messages (it has {listed(self.fields)})"
         raise self.wrong(message)
@@ -83,6 +88,7 @@ class Row:
         Raises:
             SourceError: the row has no such conversation.
         """
+        self._leave_out("messages", "completion", "text")
         messages = self.fields.get("messages")
         if not isinstance(messages, list) or len(messages) < 2:
             raise self.wrong(f"'messages' must be a list of at least two (got {kind_of(messages)})")
@@ -93,6 +99,13 @@ class Row:
                 got = kind_of(message.get("role"))
                 raise self.wrong(f"message {number} needs 'role', a text (got {got})")
         return messages
+
+    def _leave_out(self, form: str, *others: str) -> None:
+        """Say once of a file which fields of its rows do not count."""
+        for name in others:
+            if name in self.fields:
+                message = f"of rows with '{form}' and '{name}', only '{form}' counts"
+                say_once(f"{self.file}: {message}")
 
 
 def make_row(line: int, fields: Mapping[str, Any], file: Path) -> Row:
@@ -106,6 +119,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         SourceError: missing, not UTF-8, not JSON lines (with the line), or without a row.
     """
+    require_text(path)
     try:
         # No limit on size: a data set may be larger than any file of a model.
         text = read_text(path, limit=max(MAX_TEXT, path.stat().st_size))

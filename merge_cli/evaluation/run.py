@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.opening import open_source
+from merge_cli.sources.result_files import refuse_replacing
 from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.machine import torch_threads
 from merge_cli.system.raw_io import write_error
@@ -65,15 +66,25 @@ def evaluate(
 
 
 def evaluate_all(
-    models: Sequence[str], spec: EvalSpec, on_progress: OnProgress = _silent
+    models: Sequence[str],
+    spec: EvalSpec,
+    on_progress: OnProgress = _silent,
+    *,
+    results: Mapping[str, Path | None] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate several models on the same tasks; all are opened before any is run.
 
+    Args:
+        results: option -> the file that will be written; none may be one that is read.
+
     Raises:
+        UsageError: a result would replace what is read.
         SourceError: a model that cannot be opened or scored.
         Interrupted: by Ctrl-C; finished tasks are in the cache.
     """
     sources = {name: _open_model(name, Path.cwd()) for name in models}
+    if results and any(results.values()):
+        refuse_replacing(results, [*sources.values(), *spec.models()], spec.files())
     evaluations = {}
     for name, source in sources.items():
         fetch_weights(source, source.header_bytes)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.task import Task
 from merge_cli.recipe.fields import nearest
+
+if TYPE_CHECKING:
+    from merge_cli.sources.source import Source
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,6 +53,15 @@ class EvalSpec:
         if dtype not in ("auto", *DTYPES):
             raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
         return replace(self, **present)  # type: ignore[arg-type]  # fields by name
+
+    def files(self) -> list[Path]:
+        """The files that it is read from, and those that its tasks read."""
+        file = [Path(self.file)] if self.file else []
+        return [*file, *(path for task in self.tasks for path in task.files())]
+
+    def models(self) -> list[Source]:
+        """The models that its tasks read besides the one that is evaluated."""
+        return [model for task in self.tasks for model in task.models()]
 
     def limited(self, limit: int | None) -> EvalSpec:
         """With at most `limit` rows of each task; as it is for None."""

@@ -24,6 +24,7 @@ from merge_cli.recipe.sections import option
 
 if TYPE_CHECKING:
     from merge_cli.evaluation.live import LiveModel
+    from merge_cli.sources.source import Source
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int], None]  # done, total: tokens or examples
@@ -71,6 +72,14 @@ class Task(ABC):
             ResourceError: a package that the task needs is missing.
         """
 
+    def files(self) -> tuple[Path, ...]:
+        """The files on this machine that it reads."""
+        return ()
+
+    def models(self) -> tuple[Source, ...]:
+        """The models that it reads besides the one that it scores."""
+        return ()
+
     @abstractmethod
     def data_digest(self) -> str:
         """SHA-256 of the data, so that the same data elsewhere is the same task."""
@@ -93,6 +102,9 @@ class DataTask(Task):
     """A task over the rows of one file."""
 
     data: Path = option(help="a file of rows (docs/evaluate.md)", form=PathForm(exists=True))
+
+    def files(self) -> tuple[Path, ...]:
+        return (self.data,)
 
     def data_digest(self) -> str:
         try:

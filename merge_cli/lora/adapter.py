@@ -22,6 +22,7 @@ from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
 from merge_cli.recipe.reference import ModelRef, hub_id, is_address, local_folder
 from merge_cli.remote.models import RemoteModel, open_remote
+from merge_cli.system.paths import require_text
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -91,6 +92,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         model = hub.open_hub(repository, revision)
         return replace(_open_elsewhere(model, label), hub=model)
     assert root is not None
+    require_text(root)
     if revision:
         hint = "Remove the part after '@'."
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)

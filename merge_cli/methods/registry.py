@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -31,6 +31,7 @@ from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.fused import FusedForm
+from merge_cli.methods.foreign import OURS, ForeignFunction, defined_in
 from merge_cli.methods.former_keywords import renamed
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.fields import nearest
@@ -131,10 +132,15 @@ class Method:
     base_is_source: bool = False
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None
 
+    @property
+    def module(self) -> str:
+        """The module that defines it."""
+        return defined_in(self.function)
+
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
         """The recipe's schema for this method."""
-        return read_parameters(self.function)
+        return read_parameters(inspect.unwrap(self.function))
 
     @cached_property
     def supplied(self) -> frozenset[str]:
@@ -183,7 +189,7 @@ class Method:
     @property
     def summary(self) -> str:
         """The first line of the docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        return (inspect.getdoc(inspect.unwrap(self.function)) or "").partition("\n")[0]
 
 
 _METHODS: dict[str, Method] = {}
@@ -262,15 +268,27 @@ def register(method: Method, *, listed: bool = True) -> None:
         TypeError: a name is taken, or a signature cannot be read.
     """
     function = method.function
-    if not function.__module__.startswith("merge_cli."):
+    if not method.module.startswith(OURS):
         _load_built_in()  # so that a name of ours is taken, whoever is imported first
+        method = _guarded(method)
     _ = method.parameters  # a signature that cannot be read fails here, at import
     _BY_FUNCTION[function] = method
     for key in (method.name, *method.aliases) if listed else ():
-        if key in _METHODS and _METHODS[key].function.__module__ != function.__module__:
-            owner = _METHODS[key].function.__module__
+        if key in _METHODS and _METHODS[key].module != method.module:
+            owner = _METHODS[key].module
             raise TypeError(f"merge method '{key}' is already defined by {owner}")
         _METHODS[key] = method
+
+
+def _guarded(method: Method) -> Method:
+    """The method of another package: none of its functions may end the program."""
+    functions = {f.name: getattr(method, f.name) for f in fields(method)}
+    guarded: dict[str, Any] = {
+        name: ForeignFunction(value, method.name)
+        for name, value in functions.items()
+        if callable(value)
+    }
+    return replace(method, **guarded)
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:
@@ -311,7 +329,7 @@ def all_methods() -> list[Method]:
     built_in = {name: i for i, name in enumerate(_BUILT_IN)}
 
     def rank(method: Method) -> tuple[int, str]:
-        module = method.function.__module__.removeprefix("merge_cli.methods.")
+        module = method.module.removeprefix("merge_cli.methods.")
         return built_in.get(module, len(built_in)), method.name
 
     return sorted(unique.values(), key=rank)
@@ -331,7 +349,7 @@ def _load() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A broken plugin must not look like a missing method: say which package it is.
             package = entry.dist.name if entry.dist else entry.value
             message = f"the plugin '{entry.name}' of package '{package}' failed to load: {error!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from merge_cli.checkpoint.auxiliary_files import code_files, copy_companions
@@ -10,8 +11,9 @@ from merge_cli.checkpoint.layout import indexes
 from merge_cli.planning.plan import Plan, outputs_of
 from merge_cli.sources.source import fetch_weights
 from merge_cli.system.raw_io import write_error
-from merge_cli.tokenizer.chat_template import FILE as TEMPLATE
+from merge_cli.system.untrusted import plain_json
 from merge_cli.tokenizer.chat_template import without_template
+from merge_cli.tokenizer.files import TEMPLATES
 from merge_cli.tokenizer.renumbering import renumber
 
 
@@ -56,8 +58,14 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
     if copied:
         for name, content in plan.aligned.files.items():
             (folder / name).write_bytes(content)
-        if plan.template is not None:
-            (folder / TEMPLATE).write_text(plan.template, encoding="utf-8")
+        templates = plan.templates.files()
+        if templates:
+            shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+            if plan.templates.named:  # transformers refuses that file beside such a folder
+                (folder / "chat_template.json").unlink(missing_ok=True)
+            for name, text in templates.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text, encoding="utf-8")
             config = without_template(folder / "tokenizer_config.json")
             if config is not None:
                 (folder / "tokenizer_config.json").write_bytes(config)
@@ -69,7 +77,7 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
 
 def _write_config(plan: Plan, source: Path, target: Path) -> None:
     """The source's bytes where nothing changed."""
-    content = source.read_bytes()
+    content = plain_json(source.read_bytes())
     if plan.config == json.loads(content):
         target.write_bytes(content)
     else:

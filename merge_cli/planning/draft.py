@@ -21,6 +21,7 @@ from merge_cli.planning.structure import Origins
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.aligned import AlignedVocabulary
+from merge_cli.tokenizer.chat_template import ChosenTemplates
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Draft:
         stacked: the slices whose layers config.json counts.
         origins: where each of their layers comes from.
         config: the output's config.json.
-        template: the output's chat template; None keeps that of the tokenizer files.
+        templates: the output's chat templates, where the recipe chooses them.
         compared: stored tensors that are taken to be equal, to be compared before the merge.
         notes: what a reader of the plan should know, in the order of the passes.
     """
@@ -61,7 +62,7 @@ class Draft:
     stacked: tuple[OutputSlice, ...] = ()
     origins: Origins | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    template: str | None = None
+    templates: ChosenTemplates = ChosenTemplates()
     compared: tuple[Copies | Integers, ...] = ()
     notes: tuple[str, ...] = ()
 

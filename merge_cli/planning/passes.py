@@ -40,7 +40,7 @@ from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import align
-from merge_cli.tokenizer.chat_template import choose_template
+from merge_cli.tokenizer.chat_template import choose_templates
 from merge_cli.tokenizer.conversion import check_companions
 from merge_cli.tokenizer.renumbering import renumber, vocabulary_notes
 
@@ -128,13 +128,12 @@ def match_tensors(draft: Draft) -> Draft:
 def compare_settings(draft: Draft) -> Draft:
     """Differences between configs and tokenizers that merging does not reconcile."""
     recipe, sources = draft.recipe, draft.sources
-    template, template_notes = choose_template(recipe, sources)
+    templates = choose_templates(recipe, sources, draft.tokenizer_source)
     vocabularies = vocabulary_notes(sources) if recipe.tokenizer is None else ()
     operands = [operand for part in draft.slices for operand in part.operands]
     whole = not recipe.modules and all(operand.layers is None for operand in operands)
     differences = config_notes(sources, draft.config_index, counts_layers=whole)
-    notes = (*differences, *vocabularies, *template_notes)
-    return draft.noting(notes, template=template)
+    return draft.noting((*differences, *vocabularies, *templates.notes), templates=templates)
 
 
 def open_coefficient_file(draft: Draft) -> Draft:

@@ -32,6 +32,7 @@ from merge_cli.planning.matches import TensorMatch
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.aligned import AlignedVocabulary
+from merge_cli.tokenizer.chat_template import ChosenTemplates
 
 Action = Literal["merge", "copy"]
 
@@ -136,7 +137,7 @@ class Plan:
         operands: indexes in `sources` of the models that are merged, in the recipe's order.
         config_index: of the source of config.json.
         aligned: the sources' tensors with one vocabulary, and who gives the tokenizer files.
-        template: the output's chat template; None keeps the tokenizer config source's.
+        templates: the output's chat templates, where the recipe chooses them.
         tasks: every output tensor, in natural order of names.
         config: the output's config.json; empty where the config source has none.
         notes: decisions that a reader should know, one line each.
@@ -162,7 +163,7 @@ class Plan:
     coefficients: CoefficientFile | None = None
     shard_size: int = 0
     stages: Mapping[str, Plan] = field(default_factory=dict)
-    template: str | None = None
+    templates: ChosenTemplates = ChosenTemplates()
     calibrated: CalibrationStatistics | None = None
     compared: tuple[Copies | Integers, ...] = ()
     variants: Mapping[str, Plan] = field(default_factory=dict)

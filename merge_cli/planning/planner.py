@@ -166,7 +166,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         operands=tuple(operands),
         config_index=draft.config_index,
         aligned=draft.aligned,
-        template=draft.template,
+        templates=draft.templates,
         tasks=tasks,
         shards=tuple(lay_out(outputs, shard_size, source.stems)),
         config=draft.config if source.config else {},

@@ -11,6 +11,7 @@ from merge_cli.checkpoint.auxiliary_files import CARD, front_matter, refuse_link
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.report.card import card_for
 from merge_cli.sources.storage import INDEX
+from merge_cli.system.paths import require_names
 from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
 
 REPORT = "merge_report.json"
@@ -64,6 +65,7 @@ def pack(folder: Path, repo_id: str = "") -> Package:
         for path in folder.rglob("*")
         if path.is_file() and not _is_private(path.relative_to(folder))
     )
+    require_names(names, label)
     refuse_links([folder / name for name in names], folder, label)
     if REPORT not in names or not any(name.endswith(".safetensors") for name in names):
         message = "is not a model that merge-cli has merged"

@@ -18,8 +18,10 @@ from merge_cli.errors import UsageError
 from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.publishing.package import REPORT, Package, pack
 from merge_cli.remote.filesystem import WEB, explained, open_filesystem, protocol_of
+from merge_cli.sources.result_files import is_same_file
 
 _PART = 64 * 2**20  # bytes of a part of a large object; S3's ETag follows from it
+_LOCAL = ("file", "local")  # protocols of this machine's own files
 _LAST = ("model.safetensors.index.json", REPORT, "config.json")
 
 
@@ -67,6 +69,7 @@ def upload(
         raise UsageError("a web server takes no uploads", where=address, hint=hint)
     package = pack(Path(out))
     system = open_filesystem(address)
+    _refuse_itself(system, address, package)
     present = _present(system, address)
     same = {name for name in package.files if _is_there(package, name, present)}
     stale = sorted(n for n in present if n not in package.files and is_weight(n) and "/" not in n)
@@ -93,6 +96,20 @@ def upload(
         on_progress(Progress("upload", done, package.size, name))
     _remove(system, address, stale)
     return Stored(address, package.files, tuple(missing), tuple(stale))
+
+
+def _refuse_itself(system: Any, address: str, package: Package) -> None:
+    """Raise if an address of this machine leads to the files that are uploaded.
+
+    Raises:
+        UsageError: it would replace them, and take some away first.
+    """
+    if protocol_of(address) not in _LOCAL:
+        return
+    folder = Path(system._strip_protocol(address))
+    if any(is_same_file(folder / name, package.folder / name) for name in package.files):
+        hint = "Name another folder."
+        raise UsageError("is the folder that is uploaded", where=address, hint=hint)
 
 
 def _present(system: Any, address: str) -> Mapping[str, Mapping[str, Any]]:
@@ -145,7 +162,7 @@ def _md5(content: bytes = b"") -> Any:
 
 
 def _send(system: Any, path: str, content: Path | bytes) -> None:
-    if protocol_of(path) in ("file", "local"):
+    if protocol_of(path) in _LOCAL:
         system.makedirs(path.rpartition("/")[0], exist_ok=True)
     if isinstance(content, bytes):
         system.pipe_file(path, content)

@@ -23,6 +23,7 @@ from merge_cli.recipe.reader import Reader
 from merge_cli.recipe.reference import ModelRef, local_folder, stage_folder
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.sweep import SWEEP, has_sweep, variants_of
+from merge_cli.system.paths import require_text
 from merge_cli.system.untrusted import Unreadable, read_text
 from merge_cli.system.untrusted_yaml import MAX_YAML
 
@@ -40,6 +41,7 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[Problem]]:
     if str(path) == "-":
         return parse_text(_standard_input(), "<stdin>", Path.cwd())
     file = Path(path)
+    require_text(file)
     try:
         text = read_text(file, limit=4 * MAX_YAML, pipe=True)
     except Unreadable as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -190,10 +191,29 @@ class _Converter:
         if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
             self._wrong(f"a number of more than {MAX_DIGITS} digits", path, line, column)
             return None
+        if tag in ("!!int", "!!float") and (wrong := _misread(str(node.value), value)):
+            hint = "Write the number in full, or a text in quotes."
+            self._wrong(wrong, path, line, column, hint)
+            return None
         return value
 
-    def _wrong(self, message: str, path: str, line: int, column: int) -> None:
-        self._problems.append(Problem(message, path, self._file, line, column))
+    def _wrong(self, message: str, path: str, line: int, column: int, hint: str = "") -> None:
+        self._problems.append(Problem(message, path, self._file, line, column, hint))
+
+
+_DECIMAL = re.compile(r"[-+]?[0-9_]+")
+
+
+def _misread(text: str, value: Any) -> str:
+    """Why a number is not what its reader takes it for; empty where it is.
+
+    YAML 1.1 counts in sixties after a colon, and in eights after a leading 0.
+    """
+    if ":" in text:
+        return f"{text} is {value} to YAML, which counts in sixties after a colon."
+    if _DECIMAL.fullmatch(text) and int(text.replace("_", "")) != value:
+        return f"{text} is {value} to YAML, which counts in eights after a leading 0."
+    return ""
 
 
 def _short(tag: str) -> str:

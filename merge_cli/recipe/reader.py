@@ -7,6 +7,7 @@ column. What a key may hold is a `Form` (`forms.py`); keys and what they hold ma
 
 from __future__ import annotations
 
+import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
@@ -45,6 +46,8 @@ class Reader:
 
     def refuse_type(self, node: Node, key: str, message: str, hint: str = "") -> Any:
         """The same, with what stands there."""
+        if not hint and isinstance(node.value, bool | datetime.date):
+            hint = "YAML reads yes, no, on, off and dates as no text: put a text in quotes."
         return self.refuse(node, key, f"{message} (got {node.plain()!r})", hint)
 
     def refuse_key(self, path: str, message: str, hint: str = "") -> None:
@@ -52,9 +55,13 @@ class Reader:
         line, column = self.positions[path]
         self.problems.append(Problem(message, path, self.file, line, column, hint))
 
-    def warn(self, path: str, reason: str) -> None:
-        """A line on a key that is known and does nothing here."""
-        line, column = self.positions[path]
+    def warn(self, path: str, reason: str, node: Node | None = None) -> None:
+        """A line on a key that is known and does nothing here.
+
+        Args:
+            node: what does nothing, if that is a part of what the key holds.
+        """
+        line, column = (node.line, node.column) if node is not None else self.positions[path]
         problem = Problem(f"has no effect ({reason}).", path, self.file, line, column)
         self.warnings.append(str(problem))
 

@@ -20,7 +20,7 @@ from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import ModuleSpec, Parameters, SliceSpec, SourceSpec
 from merge_cli.recipe.sections import PASSED_BY, Key, Section
-from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, filter_error
+from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, covers, filter_error
 
 FILTER_HELP = (
     "a part of tensor names, a whole name with * or ?, or a /regular expression/; "
@@ -67,8 +67,17 @@ class SettingForm(Form):
         return REFUSED if any(v is REFUSED for v in values) else Gradient(tuple(values))
 
     def _rules(self, nodes: list[Node], key: str, reader: Reader) -> Any:
-        rules = [self._rule(node, key, reader) for node in nodes]
-        return tuple(rule for rule in rules if rule is not REFUSED)
+        rules: list[Rule] = []
+        for node in nodes:
+            rule = self._rule(node, key, reader)
+            if rule is REFUSED:
+                continue
+            earlier = next((before for before in rules if covers(before, rule)), None)
+            if earlier is not None:
+                after = f"{_described(rule)} stands after {_described(earlier)}"
+                reader.warn(key, f"{after}, and the first that matches decides", node)
+            rules.append(rule)
+        return tuple(rules)
 
     def _rule(self, node: Node, key: str, reader: Reader) -> Any:
         if not isinstance(node.value, dict):
@@ -84,6 +93,10 @@ class SettingForm(Form):
 
     def schema(self) -> Schema:
         return setting_schema(ScalarForm().schema())
+
+
+def _described(rule: Rule) -> str:
+    return "a value for all tensors" if rule.filter in (None, "*") else f"the filter {rule.filter}"
 
 
 _RULE = Section(

@@ -27,6 +27,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.sections import Key, Section
+from merge_cli.system.chat_templates import MAX_TEMPLATE, template_error
 from merge_cli.system.untrusted import Unreadable, read_text
 
 UNION, BASE = "union", "base"
@@ -217,7 +218,8 @@ class TemplateForm(Form):
             return word
         text = template_text(word, reader.folder)
         if text is not None:
-            return text
+            error = template_error(text)
+            return reader.refuse(node, key, f"not valid Jinja: {error}") if error else text
         message = f"no template of that name, and no such file: {word}."
         hint = f"Use auto, {', '.join(BUILT_IN)}, or Jinja."
         return reader.refuse(node, key, message, hint)
@@ -228,7 +230,6 @@ class TemplateForm(Form):
 
 
 AUTO = "auto"
-MAX_TEMPLATE = 2**20  # the longest in the wild have 30,000 characters
 # Each renders what mergekit's template of the same name does, line breaks and blanks included.
 BUILT_IN = {
     "chatml": (

@@ -116,6 +116,21 @@ def _pattern(filter: str) -> Pattern | re.Pattern[str] | None:
     return None
 
 
+def covers(rule: Rule, later: Rule) -> bool:
+    """Whether a rule matches every tensor that a later one could match, as far as names tell."""
+    if rule.filter in (None, "*"):
+        return True
+    if later.filter in (None, "*"):
+        return False
+    assert rule.filter is not None
+    assert later.filter is not None
+    return rule.filter == later.filter or (
+        _pattern(rule.filter) is None
+        and _pattern(later.filter) is None
+        and rule.filter in later.filter
+    )
+
+
 def filters(setting: Setting) -> set[str]:
     """The filters that decide what `evaluate` says of a setting."""
     rules = setting if isinstance(setting, tuple) else ()

@@ -54,6 +54,7 @@ from merge_cli.sources.stored_model import (
     model_of_file,
     model_of_shards,
 )
+from merge_cli.system.paths import require_text
 from merge_cli.system.untrusted import read_mapping
 
 
@@ -76,6 +77,7 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         )
     path = local_folder(model.path, folder)
     if path is not None:
+        require_text(path)
         if model.revision:
             message = f"a folder on disk has no revision '{model.revision}'"
             raise SourceError(message, model=label, hint="Remove the part after '@'.")
@@ -117,6 +119,7 @@ def open_tokenizer(model: ModelRef, folder: Path) -> Source:
     path = local_folder(model.path, folder)
     if path is None or model.lora or model.revision or not path.is_dir():
         return open_source(model, folder)
+    require_text(path)
     storage = LocalFolder(path)
     config = read_mapping(path / CONFIG, str(model)) if CONFIG in storage.names else {}
     return Source(str(model), path, config, {}, {})

@@ -30,6 +30,7 @@ from merge_cli.system.libraries import require
 from merge_cli.system.notices import say_once
 
 _GRANTED = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
+_MOST_THREADS = 1024
 _LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Cached files are given up when memory is wanted. Anonymous memory and tmpfs are not.
 _RECLAIMABLE = ("inactive_file", "active_file")
@@ -112,12 +113,15 @@ def library_threads(
 def torch_threads(count: int | None = None) -> Iterator[None]:
     """So many threads for torch's own loops; by default no more than there are cores for us.
 
-    As before afterwards. torch counts the machine's cores and knows nothing of quotas.
+    As before afterwards. torch counts the machine's cores and knows nothing of quotas. Of threads
+    beyond `_MOST_THREADS`, and the cores, it gets none: it would end the process where the system
+    refuses them.
     """
     torch = require("torch", "running a model")
     before = torch.get_num_threads()
     most = library_threads()
     threads = count or (before if most is None else min(before, most))
+    threads = min(threads, max(_MOST_THREADS, os.cpu_count() or 1))
     if threads != before:
         torch.set_num_threads(threads)
     try:

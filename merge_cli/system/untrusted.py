@@ -14,6 +14,7 @@ What cannot be understood raises `Unreadable`, a ValueError whose text continues
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -137,6 +138,26 @@ def parse_json(text: str | bytes) -> Any:
     return result
 
 
+def plain_json(content: bytes) -> bytes:
+    """JSON as UTF-8 without a byte order mark: all that other programs read.
+
+    Raises:
+        Unreadable: it is text in none of the encodings of JSON.
+    """
+    encoding = json.detect_encoding(content[:4])
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        message = f"is not {encoding.upper()} text: {error.reason} at byte {error.start}"
+        raise Unreadable(message) from None
+    return content if encoding == "utf-8" else text.encode()
+
+
+def may_hold_no_number(content: bytes) -> bool:
+    """Whether JSON seems to hold NaN or Infinity, which only its parsed form tells for certain."""
+    return any(pattern.search(content) for pattern in _NO_NUMBERS)
+
+
 def read_json(
     path: Path,
     model: str = "",
@@ -151,10 +172,15 @@ def read_json(
         parse: what makes something of the content, and raises Unreadable where it cannot.
 
     Raises:
-        CorruptFileError: see `read_bytes` and `parse_json`.
+        CorruptFileError: see `read_bytes`, `plain_json` and `parse_json`; or it holds NaN, or
+            Infinity where that is no open limit (Mamba 2 has one), with its key.
     """
     try:
-        return parse(read_bytes(path, limit=limit).removeprefix(b"\xef\xbb\xbf"))
+        content = plain_json(read_bytes(path, limit=limit))
+        result = parse(content)
+        if may_hold_no_number(content) and (wrong := _first_no_number(result)):
+            raise Unreadable(wrong)
+        return result
     except Unreadable as error:
         raise CorruptFileError(str(error), model=model, file=path.name) from None
 
@@ -215,7 +241,31 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+# As Python's JSON spells them, outside of texts; and numbers too large for a float.
+_NO_NUMBERS = (
+    re.compile(rb"NaN(?=\s*(?:[,\]}]|\Z))"),
+    re.compile(rb"Infinity(?=\s*(?:[,\]}]|\Z))"),
+    re.compile(rb"[\d.][eE]\+?\d{3}"),
+    re.compile(rb"\d{300}"),
+)
+_OPEN = re.compile("limit|max|min")  # keys whose value bounds others: no bound is Infinity
 _NESTING = {list, dict}
+
+
+def _first_no_number(json: Any) -> str:
+    """Which value is NaN or Infinity, by its key path; empty where none is."""
+    waiting = [("", "", json)]
+    while waiting:
+        path, key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{path}.{k}" if path else k, k, part) for k, part in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{path}[{i}]", key, part) for i, part in enumerate(value)]
+        elif isinstance(value, float) and value != value:
+            return f"{path or 'it'} is NaN, which is no number"
+        elif isinstance(value, float) and math.isinf(value) and not _OPEN.search(key):
+            return f"{path or 'it'} is infinite"
+    return ""
 
 
 def _check_depth(openings: Any) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.system.notices import say_once
+from merge_cli.system.paths import require_text
 from merge_cli.system.raw_io import replace_file, write_error
 from merge_cli.system.records import Records, read_sealed, seal
 from merge_cli.system.untrusted import Unreadable, parse_json, read_bytes
@@ -51,6 +52,7 @@ class Workspace:
     """
 
     def __init__(self, target: Path, suffix: str, work: str) -> None:
+        require_text(target)
         self.target = Path(os.path.realpath(target))
         if not self.target.name:
             raise UsageError("the output cannot be the root of the file system")

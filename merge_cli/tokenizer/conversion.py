@@ -3,7 +3,8 @@
 Older models have only a sentencepiece or tiktoken file. transformers turns it into a
 tokenizer.json, because the tokenizer's class decides how its pieces are numbered.
 
-The small JSON files that a merge copies are read, too: an output with a broken one would not load.
+The JSON files that a merge copies are looked at, too: an output with a broken one would not load.
+Large ones are vocabularies, and are parsed where they are used.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.auxiliary_files import companion_files, is_tokenizer_file
+from merge_cli.checkpoint.auxiliary_files import copied_files
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.sources.source import Source
 from merge_cli.system.untrusted import (
+    MAX_JSON,
+    Unreadable,
     kind_of,
+    may_hold_no_number,
+    plain_json,
+    read_bytes,
     read_json,
 )
 from merge_cli.tokenizer.files import _LISTS, _SMALL, settings_json, tokenizer_json, tokens_of
@@ -61,20 +67,33 @@ def _converted(root: Path) -> str:
 
 
 def check_companions(config_source: Source, tokenizer_source: Source) -> None:
-    """Check the small JSON files that a merge copies.
+    """Check the JSON files that a merge copies.
 
     Raises:
-        CorruptFileError: a file that is not JSON, or not a mapping.
+        CorruptFileError: a file that is no text, or holds NaN or Infinity; a small one that is not
+            JSON, or not a mapping.
     """
     settings_json(tokenizer_source)
-    for source, tokenizer in ((config_source, False), (tokenizer_source, True)):
-        if not source.root.is_dir():
-            continue  # the output of a later stage, or a base of zeros: nothing is copied
-        for path in companion_files(source.root):
-            is_checked = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
-            if not is_checked or path.stat().st_size > _SMALL:
-                continue
-            json = read_json(path, source.label)
-            if not isinstance(json, dict) and path.name not in _LISTS:
-                message = f"is not a mapping but {kind_of(json)}"
-                raise CorruptFileError(message, model=source.label, file=path.name)
+    labels = {source.root: source.label for source in (tokenizer_source, config_source)}
+    # What a later stage makes, or a base of zeros, is not there: nothing is copied.
+    for name, (path, root) in copied_files(config_source.root, tokenizer_source.root).items():
+        if path.suffix != ".json":
+            continue
+        if path.stat().st_size > _SMALL and not _needs_parsing(path, labels[root], name):
+            continue
+        json = read_json(path, labels[root])
+        if not isinstance(json, dict) and "/" not in name and name not in _LISTS:
+            message = f"is not a mapping but {kind_of(json)}"
+            raise CorruptFileError(message, model=labels[root], file=name)
+
+
+def _needs_parsing(path: Path, label: str, name: str) -> bool:
+    """Whether a large JSON file may hold what is no number.
+
+    Raises:
+        CorruptFileError: it is no text.
+    """
+    try:
+        return may_hold_no_number(plain_json(read_bytes(path, limit=MAX_JSON)))
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=label, file=name) from None

@@ -47,6 +47,7 @@ _OPAQUE = (
 # Larger files are vocabularies: they take a second to read, and are read where they are used.
 _SMALL = 2**20
 _LISTS = ("modules.json",)
+TEMPLATES = "additional_chat_templates"  # the folder of chat templates besides the default one
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,21 @@ def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | No
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
+def template_files(source: Source) -> list[Path]:
+    """The files that may hold chat templates, as far as they are there."""
+    names = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja")
+    files = [source.root / name for name in names if (source.root / name).is_file()]
+    return [*files, *sorted((source.root / TEMPLATES).glob("*.jinja"))]
+
+
 def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[str, str]:
+    files: dict[str, str] = {}
+    if (root / "chat_template.jinja").exists():
+        files["default"] = _guarded(source, "chat_template.jinja", read_text)
+    for path in sorted((root / TEMPLATES).glob("*.jinja")):
+        files[path.stem] = _guarded(source, f"{TEMPLATES}/{path.name}", read_text)
+    if files:  # they win over the config, as in transformers
+        return files
     texts: dict[str, str] = {}
     stored = config.get("chat_template")
     if not stored:
@@ -158,11 +173,6 @@ def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[st
         texts["default"] = stored
     elif isinstance(stored, list):
         texts |= {entry["name"]: entry["template"] for entry in stored}
-    if (root / "chat_template.jinja").exists():  # wins over the config, as in transformers
-        texts["default"] = _guarded(source, "chat_template.jinja", read_text)
-    folder = "additional_chat_templates"
-    for path in sorted((root / folder).glob("*.jinja")):
-        texts[path.stem] = _guarded(source, f"{folder}/{path.name}", read_text)
     return texts
 
 

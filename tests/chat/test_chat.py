@@ -105,6 +105,27 @@ def test_drawing_leaves_the_random_state_alone(german: LiveModel) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-38, 1e-45, 1e-320, 5e-324])
+def test_temperatures_near_zero_are_greedy(german: LiveModel, temperature: float) -> None:
+    for text in ("zehn =", "the"):
+        assert ask(german, text, temperature=temperature) == ask(german, text)
+
+
+def test_very_high_temperatures_are_all_alike(german: LiveModel) -> None:
+    texts = {ask(german, "the", temperature=t, max_tokens=8) for t in (1e37, 1e38, 1e39, 1e308)}
+    assert len(texts) == 1
+
+
+def test_large_logits_at_a_low_temperature(german: LiveModel) -> None:
+    """Their quotient overflows, their differences decide."""
+    greedy, scale = ask(german, "zehn ="), german.net.model.norm.weight
+    scale.data *= 2.0**110
+    try:
+        assert ask(german, "zehn =", temperature=1e-5) == greedy
+    finally:
+        scale.data /= 2.0**110
+
+
 def test_top_p_near_zero_is_greedy(german: LiveModel) -> None:
     greedy = ask(german, "zehn =")
     assert ask(german, "zehn =", temperature=5.0, top_p=1e-6) == greedy

@@ -63,6 +63,56 @@ def test_a_whole_folder_that_is_a_link_out(tmp_path: Path) -> None:
         make_plan(load_recipe(family.recipe("linear", base=False, models=[{"weight": 1}] * 3)))
 
 
+COPIED = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+          "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "1_Pooling/config.json"]  # fmt: skip
+
+
+@pytest.fixture
+def every_file(tmp_path: Path) -> Family:
+    """Models of which the first has every JSON file that is copied."""
+    family = llama_family(tmp_path / "models")
+    folder = family.folder / "a"
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    vocabulary = {f"t{i}": i for i in range(48)}
+    for name in COPIED[1:]:
+        content = {"model": {"vocab": vocabulary}} if name == "tokenizer.json" else {"ö": 1}
+        content = {} if name == "added_tokens.json" else content
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return family
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", COPIED)
+def test_json_is_written_as_utf8(
+    every_file: Family, tmp_path: Path, name: str, encoding: str
+) -> None:
+    file = every_file.folder / "a" / name
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text, encoding=encoding)
+    recipe = every_file.recipe("linear", base=False, models=[{"weight": 1}] * 3)
+    merge(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == text.encode()
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", COPIED)
+def test_json_that_would_not_load_is_refused(every_file: Family, name: str, large: bool) -> None:
+    file = every_file.folder / "a" / name
+    text = file.read_text(encoding="utf-8")
+    padding = " " * 2**20 if large else ""
+    recipe = every_file.recipe("linear", base=False, models=[{"weight": 1}] * 3)
+    comma = ", " if len(text) > 2 else ""
+    file.write_text(f'{text[:-1]}{comma}"eps": NaN{padding}}}', encoding="utf-8")
+    with pytest.raises(SourceError, match="eps is NaN"):
+        make_plan(load_recipe(recipe))
+    file.write_bytes(text.encode() + padding.encode() + b"\xff")
+    with pytest.raises(SourceError, match="is not UTF-8 text"):
+        make_plan(load_recipe(recipe))
+
+
 def test_links_inside_and_links_of_weights(tmp_path: Path) -> None:
     """Shards are read, not copied: on servers they are often links."""
     family = llama_family(tmp_path / "models")

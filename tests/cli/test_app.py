@@ -79,6 +79,21 @@ def test_json_goes_to_stdout_alone(family: Family, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report
 
 
+@pytest.mark.parametrize("ending", [SystemExit(0), SystemExit(None), GeneratorExit("odd")])
+def test_what_ends_the_program_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, ending: BaseException
+) -> None:
+    """Code that is not ours may call sys.exit where nobody expects it."""
+
+    def end() -> None:
+        raise ending
+
+    monkeypatch.setattr("merge_cli.console.Screen", end)
+    result = CliRunner().invoke(app, ["plan", "recipe.yaml"])
+    assert isinstance(result.exception, RuntimeError)
+    assert repr(ending) in str(result.exception)
+
+
 def test_quiet(family: Family, tmp_path: Path) -> None:
     recipe = family.recipe("soup", base=False)
     done = cli("run", recipe, tmp_path / "out", "--quiet", "--allow-crimes")

@@ -10,6 +10,7 @@ import pytest
 
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.rows import Row, content_of, distinct, encode, make_row, read_rows
+from merge_cli.system import notices
 
 
 class Bytes:
@@ -101,6 +102,47 @@ def test_a_token_that_the_model_lacks() -> None:
     assert encode(row_of(text="abc"), Numbers(), entries=100).ids == [97, 98, 99]
     with pytest.raises(SourceError, match="its token 'c' has the number 99, and the model 99"):
         encode(row_of(text="abc"), Numbers(), entries=99)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pair", "told"),
+    [
+        ({"text": "t", "completion": "c"}, ("", "c"), ["'completion' and 'text'"]),
+        ({"text": "t", "prompt": "p", "completion": "c"}, ("p", "c"), ["'completion' and 'text'"]),
+        ({"text": "t", "prompt": "p"}, ("", "t"), ["'text' and 'prompt'"]),
+        ({"prompt": "p", "completion": "c"}, ("p", "c"), []),
+        ({"text": "t", "id": 3}, ("", "t"), []),
+        ({"text": "t", "completion": None}, ("", "t"), []),
+    ],
+)
+def test_which_of_several_forms_counts_is_told_once(
+    fields: dict[str, Any], pair: tuple[str, str], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = told_by(monkeypatch)
+    for line in (1, 2):
+        assert make_row(line, fields, Path("rows.jsonl")).pair() == pair
+    notices.send_notices(None)
+    assert said == [f"rows.jsonl: of rows with {words}, only {words.split()[0]} counts"
+                    for words in told]  # fmt: skip
+
+
+def test_a_conversation_counts_before_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = told_by(monkeypatch)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = make_row(1, {"messages": messages, "text": "t", "completion": "c"}, Path("rows.jsonl"))
+    assert row.messages() == messages
+    row.require_text()
+    notices.send_notices(None)
+    assert len(said) == 2
+    assert all("only 'messages' counts" in line for line in said)
+
+
+def told_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said once, from now on."""
+    said: list[str] = []
+    monkeypatch.setattr(notices, "_given", {})
+    notices.send_notices(said.append)
+    return said
 
 
 def test_the_same_row() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import merge_cli
-from merge_cli.errors import RecipeError, SourceError, UsageError
+from merge_cli.errors import Interrupted, RecipeError, SourceError, UsageError
 from merge_cli.evaluation.forward import windows
 from merge_cli.evaluation.parse import read_eval
 from merge_cli.evaluation.rows import read_rows
@@ -23,6 +23,8 @@ from merge_cli.evaluation.tasks.harness import Harness
 from merge_cli.evaluation.tasks.kl import KL
 from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.evaluation.tasks.multiple_choice import MultipleChoice
+from merge_cli.evaluation.tasks.python import PythonTask
+from tests.support.command import cli, failed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 QUESTIONS = [
@@ -498,3 +500,83 @@ def test_loss_per_byte_compares_vocabularies(zoo: Path, tmp_path: Path) -> None:
     bits = found["bits_per_byte"]
     assert sum(bits.weights) == len("日本語の文章です。".encode())
     assert bits.value == pytest.approx(sum(found["loss"].parts) / math.log(2) / sum(bits.weights))
+
+
+TASK = """
+import sys
+from fractions import Fraction
+import numpy as np
+import torch
+
+class Own(BaseException):
+    pass
+
+def score(net, tokenizer):
+    {line}
+"""
+
+
+def own_task(folder: Path, line: str) -> EvalSpec:
+    (folder / "task.py").write_text(TASK.format(line=line))
+    return EvalSpec((PythonTask(name="mine", python="task.py:score", folder=folder),))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("sys.exit(0)", "raised SystemExit: 0"),
+        ("sys.exit()", "raised SystemExit"),
+        ("sys.exit(3)", "raised SystemExit: 3"),
+        ("raise Own", "raised Own"),
+        ("raise GeneratorExit", "raised GeneratorExit"),
+        ("return True", r"must return a number.*got bool"),
+        ("return np.bool_(True)", r"must return a number.*got bool"),
+        ("return [1.0, None]", "got a list with NoneType"),
+        ("return []", "got an empty list"),
+        ("return '1'", "got str"),
+        ("return 1j", "got complex"),
+        ("return torch.tensor(1.0)", "got Tensor"),
+        ("return float('nan')", "returned nan"),
+        ("return [1, np.float32('nan')]", "returned nan"),
+        ("return -float('inf')", "returned -inf"),
+        ("return 10**6000", "returned inf"),
+    ],
+)
+def test_functions_that_give_no_score(zoo: Path, tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(SourceError, match=words) as error:
+        merge_cli.evaluate(zoo / "base", own_task(tmp_path, line))
+    assert error.value.file == "task.py:score"
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("return np.float32(0.5)", 0.5),
+        ("return np.float16(0.5)", 0.5),
+        ("return [np.int64(2), 3, 0.4]", 1.8),
+        ("return Fraction(1, 4)", 0.25),
+        ("return tuple(np.ones(3))", 1.0),
+    ],
+)
+def test_numbers_of_every_kind(zoo: Path, tmp_path: Path, line: str, value: float) -> None:
+    result = merge_cli.evaluate(zoo / "base", own_task(tmp_path, line))
+    assert result["mine"].value == pytest.approx(value)
+
+
+def test_ctrl_c_in_a_function_stays_what_it_is(zoo: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        merge_cli.evaluate(zoo / "base", own_task(tmp_path, "raise KeyboardInterrupt"))
+
+
+def test_a_file_that_ends_the_program_when_it_is_imported(zoo: Path, tmp_path: Path) -> None:
+    spec = own_task(tmp_path, "return 1.0")
+    (tmp_path / "task.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(SourceError, match="cannot be imported: SystemExit: 0"):
+        merge_cli.evaluate(zoo / "base", spec)
+
+
+def test_no_gate_passes_where_a_task_ends_the_program(zoo: Path, tmp_path: Path) -> None:
+    own_task(tmp_path, "sys.exit(0)")
+    (tmp_path / "eval.yaml").write_text("tasks: [{python: 'task.py:score', name: mine}]\n")
+    words = ["--eval", tmp_path / "eval.yaml", "--gate", "mine.score>=100"]
+    failed(cli("evaluate", zoo / "base", *words), 3, "raised SystemExit: 0")

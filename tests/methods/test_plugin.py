@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from merge_cli.errors import UsageError
+from merge_cli.methods.foreign import ForeignFunction
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method, method_of
-from tests.support.command import cli
+from tests.support.command import cli, failed
 from tests.support.paths import ROOT
 from tests.support.tiny import Family, read_model
 
@@ -102,8 +106,8 @@ def test_keywords_of_earlier_versions_are_read_with_a_note() -> None:
         "'any_array' is called supports_numpy",
     ]
     method = method_of(former)
-    assert method.tensor_pass is norms
-    assert method.is_identity is unscaled
+    assert inspect.unwrap(method.tensor_pass or former) is norms
+    assert inspect.unwrap(method.is_identity or former) is unscaled
     assert method.supports_numpy
     assert method.cache_key_parameters == ("weight",)
 
@@ -114,6 +118,64 @@ def test_a_broken_plugin_is_named(family: Family, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "package 'strongest-merge' failed to load" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+EXITS = '''
+import sys
+from merge_cli import merge_method
+
+
+def at(place):
+    if place == "{place}":
+        sys.exit({code})
+
+
+def check(weight):
+    at("plan")
+    return ""
+
+
+def look(tensor, model, **_):
+    at("tensor")
+
+
+at("import")
+
+
+@merge_method("strongest", check=check, tensor_pass=look)
+def strongest(models, prepared, *, weight: float = 1.0):
+    """Take the first.
+
+    Args:
+        weight: nothing.
+    """
+    at("merge")
+    return models[0]
+'''
+
+
+@pytest.mark.parametrize("code", [0, 3, None, "'a text'"])
+@pytest.mark.parametrize("place", ["import", "plan", "tensor", "merge"])
+def test_a_plugin_that_ends_the_program(
+    family: Family, tmp_path: Path, place: str, code: object
+) -> None:
+    """Whatever its exit code is, it has not merged."""
+    install(tmp_path, EXITS.format(place=place, code=code))
+    recipe = family.recipe("strongest", base=False)
+    done = cli("run", recipe, tmp_path / "out", cwd=tmp_path)
+    failed(done, 2, "SystemExit", "strongest")
+    assert not (tmp_path / "out").exists()
+
+
+def test_functions_of_other_packages_go_to_other_processes() -> None:
+    def local() -> None:
+        raise SystemExit(0)
+
+    with pytest.raises(UsageError, match="'mine' ends the program.*local"):
+        ForeignFunction(local, "mine")()
+    guarded = ForeignFunction(install, "mine")
+    assert pickle.loads(pickle.dumps(guarded)) == guarded
+    assert inspect.signature(guarded) == inspect.signature(install)
 
 
 def test_signatures_are_checked_when_declared() -> None:

@@ -77,6 +77,18 @@ def test_shapes_and_vocabularies(family: Family) -> None:
     assert "model.norm.weight: the shapes differ: a [17], b [16], c [16]" in found
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_the_folder_that_is_a_dot_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    recipe = {"merge_method": "passthrough", "models": [name]}
+    with pytest.raises(SourceError) as error:
+        merge_cli.plan(recipe)
+    assert f"has no safetensors files — {name} — Is this" in str(error.value)
+
+
 def test_several_missing_models_at_once(family: Family) -> None:
     found = mismatches(family.folder, "merge_method: soup\nmodels: [a, ./x, ./y]")
     assert len(found) == 2

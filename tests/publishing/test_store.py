@@ -61,6 +61,20 @@ def test_a_model_is_uploaded_and_read_again(
         assert (copied / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("way", ["its name", "a link", "linked files"])
+def test_a_folder_is_not_uploaded_to_itself(out: Path, tmp_path: Path, way: str) -> None:
+    target = out if way == "its name" else tmp_path / "other"
+    if way == "a link":
+        target.symlink_to(out)
+    elif way == "linked files":
+        target.mkdir()
+        (target / "config.json").hardlink_to(out / "config.json")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UsageError, match="is the folder that is uploaded"):
+        upload(out, f"file://{target}", overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_an_interrupted_upload_resumes(
     out: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

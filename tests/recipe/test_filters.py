@@ -113,6 +113,35 @@ def test_filters_that_match_nothing_are_noted(family: Family) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("rules", "warned"),
+    [
+        ([{"value": 0}, {"filter": "mlp", "value": 1}],
+         ["the filter mlp stands after a value for all tensors"]),
+        ([{"filter": "*", "value": 0}, 0.5, {"filter": "/x/", "value": 1}],
+         ["a value for all tensors stands after", "the filter /x/ stands after a value"]),
+        ([{"filter": "mlp", "value": 0}, {"filter": "mlp.down", "value": 1}, {"value": 0.5}],
+         ["the filter mlp.down stands after the filter mlp"]),
+        ([{"filter": "*mlp*", "value": 0}, {"filter": "*mlp*", "value": 1}, 0.5],
+         ["the filter *mlp* stands after the filter *mlp*"]),
+        ([{"filter": "down", "value": 0}, {"filter": "mlp", "value": 1}, {"value": 0.5}], []),
+        ([{"filter": "/mlp/", "value": 0}, {"filter": "mlp", "value": 1}, {"value": 0.5}], []),
+        ([{"filter": "mlp.down", "value": 0}, {"filter": "mlp", "value": 1}, {"value": 0.5}], []),
+    ],
+)  # fmt: skip
+def test_rules_that_never_decide_are_warned_of(
+    family: Family, rules: list[Any], warned: list[str]
+) -> None:
+    """The first that matches decides, here and in mergekit."""
+    recipe = load_recipe(family.recipe("linear", models=[{"weight": rules}] * 3))
+    lines = [line for line in recipe.warnings if "models[0].parameters.weight" in line]
+    assert len(lines) == len(warned)
+    for line, words in zip(lines, warned, strict=True):
+        assert "has no effect" in line
+        assert words in line
+        assert line.startswith(f"{recipe.file}:")
+
+
 def test_the_resolved_recipe_keeps_them(family: Family) -> None:
     scale = [{"filter": "/q_|k_/", "value": 0.5}, {"filter": "*.mlp.*", "value": 2.0}]
     recipe = family.recipe("passthrough", base=False, models=[{"scale": scale}])

@@ -161,6 +161,13 @@ def test_anchors_and_merge_keys() -> None:
     assert (second["weight"].setting, second["density"].setting) == (2.0, 0.5)
 
 
+@pytest.mark.parametrize("name", ["yes", "off", "2001-01-01"])
+def test_words_that_yaml_does_not_read_as_text(name: str) -> None:
+    with pytest.raises(RecipeError, match="name: must be text .* put a text in quotes"):
+        load(f"{TIES}name: {name}\n")
+    assert load(f'{TIES}name: "{name}"\n').name == name
+
+
 def test_numbers_that_yaml_reads_as_text() -> None:
     assert load(TIES.replace("1.0", "1e-3")).models[0].parameters["weight"].setting == 0.001
 

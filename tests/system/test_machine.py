@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,8 @@ def test_torch_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with torch_threads():
             assert torch.get_num_threads() == 3
+        with torch_threads(10**30):  # more than the system may have
+            assert torch.get_num_threads() == max(1024, os.cpu_count() or 1)
         with torch_threads(5):
             assert torch.get_num_threads() == 5
         assert torch.get_num_threads() == 8

@@ -18,6 +18,7 @@ from merge_cli.system.untrusted import (
     MAX_DIGITS,
     Unreadable,
     parse_json,
+    plain_json,
     read_bytes,
     read_json,
     read_mapping,
@@ -99,6 +100,52 @@ def test_size_and_text(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(Unreadable, match="UTF-8"):
         read_text(file)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"]
+)
+def test_every_encoding_of_json(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "file.json"
+    file.write_text('{"ö": 1}', encoding=encoding)
+    assert read_mapping(file) == {"ö": 1}
+    assert plain_json(file.read_bytes()) == '{"ö": 1}'.encode()
+    file.write_bytes(file.read_bytes() + b"\xff")
+    with pytest.raises(CorruptFileError, match="is not .* text"):
+        read_json(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": [0, {"b": NaN}]}', r"a\[1\].b is NaN"),
+        ('{"a": NaN }', "a is NaN"),
+        ('{"rms_norm_eps": 1e999}', "rms_norm_eps is infinite"),
+        ('{"rms_norm_eps": -Infinity}', "rms_norm_eps is infinite"),
+        ('{"rms_norm_eps": ' + "9" * 400 + ".0}", "rms_norm_eps is infinite"),
+        ('{"time_step_limit": [0.0, NaN]}', r"time_step_limit\[1\] is NaN"),
+        ("[Infinity]", r"\[0\] is infinite"),
+        ("NaN", "it is NaN"),
+    ],
+)
+def test_what_is_no_number_is_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CorruptFileError, match=f"{words}.*mine, config.json"):
+        read_json(tmp_path / "config.json", "mine")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"time_step_limit": [0.0, Infinity]}',  # Mamba 2, Bamba, Falcon H1
+        '{"model_max_length": Infinity, "min": -Infinity}',
+        '{"NaN": "NaN", "tokens": ["NaN", "a NaN, b", "Infinity]", "1e999"]}',
+        '{"a": 1e100, "b": 1e-999}',
+    ],
+)
+def test_numbers_that_only_look_odd(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert read_json(tmp_path / "config.json") == json.loads(text)
 
 
 @pytest.mark.parametrize("value", [-1, 11, True, None, 1.0, "3", [], {}, 2**63, float("inf")])

@@ -63,6 +63,13 @@ def test_aliases_do_not_expand(text: str) -> None:
         ("a: " + "9" * 41, "a: a number of more than 40 digits"),
         ("a: -" + "9" * 6000, "a: a number of more than 40 digits"),
         ("a: " + ":".join(["1"] * 30), "a: a number of more than 40 digits"),  # sexagesimal
+        ("a: 12:30", "r.yaml:1:4: a: 12:30 is 750 to YAML, which counts in sixties"),
+        ("a: {b: [-190:20:30]}", "a.b[0]: -190:20:30 is -685230 to YAML"),
+        ("a: 1:30.5", "a: 1:30.5 is 90.5 to YAML"),
+        ("a: !!float '1:30'", "a: 1:30 is 90.0 to YAML"),
+        ("a: 010", "a: 010 is 8 to YAML, which counts in eights after a leading 0"),
+        ("a: -0_17", "a: -0_17 is -15 to YAML"),
+        ("a: !!int '010'", "a: 010 is 8 to YAML"),
         ("? [a, b]\n: 1", "r.yaml:1:3: a key must be text, and this is a list or a mapping"),
         ("<<: 3", "not valid YAML: expected a mapping or list of mappings for merging"),
         ("a: 1\x85b: \x9f", "not valid YAML: the character U+009F"),
@@ -78,6 +85,20 @@ def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         load_nodes("a: !!bool x\nb: {c: .nan}\n", "r.yaml")
     assert [problem.key for problem in caught.value.problems] == ["a", "b.c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0), ("-0", 0), ("00", 0), ("007", 7), ("1_000", 1000), ("0x1F", 31), ("0b11", 3),
+        ("1e-1", "1e-1"), ("1e3", "1e3"), ("1.5e+2", 150.0), (".5", 0.5), ("5.", 5.0),
+        ("010.5", 10.5), ("08", "08"), ("0o10", "0o10"), ("0:10", "0:10"), ("'12:30'", "12:30"),
+        ('"010"', "010"), ("12:30 h", "12:30 h"), ("1:2:x", "1:2:x"),
+    ],
+)  # fmt: skip
+def test_numbers_are_what_their_reader_takes_them_for(text: str, value: object) -> None:
+    read = load_nodes(f"a: {text}", "r.yaml")[0].plain()["a"]
+    assert (read, type(read)) == (value, type(value))
 
 
 def test_what_is_written_every_day_is_read() -> None:

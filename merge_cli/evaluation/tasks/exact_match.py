@@ -64,6 +64,9 @@ class ExactMatch(DataTask):
         except Unreadable as error:
             raise ValueError(f"extract {error}") from None
 
+    def files(self) -> tuple[Path, ...]:
+        return (*super().files(), *([self.fewshot] if self.fewshot is not None else []))
+
     def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         rows, prompts, cut = self._prompts(live)
         right = [self._right(row) for row in rows]

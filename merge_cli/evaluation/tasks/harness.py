@@ -42,6 +42,9 @@ class Harness(Task):
         if self.system and not self.chat_template:
             raise ValueError(SYSTEM_WITHOUT_CHAT)
 
+    def files(self) -> tuple[Path, ...]:
+        return () if self.include is None else tuple(self.include.rglob("*"))
+
     def data_digest(self) -> str:
         return ""
 
@@ -77,7 +80,10 @@ class Harness(Task):
                     )
                 except MergeCliError:  # about the model, and not about the task
                     raise
-                except Exception as error:  # tasks are code and templates that can raise anything
+                except (
+                    Exception,
+                    SystemExit,
+                ) as error:  # tasks are code and templates that can raise anything
                     message = f"lm-eval cannot run '{self.lm_eval}': {error}"
                     raise SourceError(message, model=live.label) from error
         on_progress(1, 1)

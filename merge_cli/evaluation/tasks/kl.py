@@ -49,6 +49,9 @@ class KL(DataTask):
 
     not_in_identity = DataTask.not_in_identity | {"teacher", "folder"}
 
+    def models(self) -> tuple[Source, ...]:
+        return (self._source(),)
+
     def data_digest(self) -> str:
         source = self._source()
         fetch_weights(source, source.header_bytes)
