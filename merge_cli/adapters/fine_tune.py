@@ -57,8 +57,8 @@ class FineTune:
 
     def _tensor(self, task: TensorTask) -> Tensor:
         """Its own one: a task without a base is the base's, as integers are not merged."""
-        own = None if task.base else self.tuned.tensors.get(task.name)
-        return own if own is not None and own.shape == task.shape else task.operands[0]
+        tuned = None if task.base else self.tuned.tensors.get(task.name)
+        return tuned if tuned is not None and tuned.shape == task.shape else task.operands[0]
 
 
 def look_up_modules(plan: Plan) -> FineTune:

@@ -206,10 +206,10 @@ def why_no_replacement(ref: TensorRef, replaced: Tensor | None) -> str:
         return ""
     if replaced is not None and ref.dtype == replaced.dtype:
         return ""  # a counter or a mask, as the model has it
-    wanted = _FLOATS
+    accepted = _FLOATS
     if replaced is not None and replaced.dtype not in MERGEABLE:
-        wanted = f"{replaced.dtype}, as in the model"
-    return f"it is stored as {ref.dtype}, not as {wanted}"
+        accepted = f"{replaced.dtype}, as in the model"
+    return f"it is stored as {ref.dtype}, not as {accepted}"
 
 
 def _priority(name: str) -> int:

@@ -65,8 +65,8 @@ class Completeness:
         held = {module.entry for module in self._saved if module.held}
         for saved in self._saved:
             if saved.missing and (saved.held or saved.entry not in held):
-                what = f"modules_to_save names {saved.name}, and the adapter lacks it"
-                yield saved.missing[0], f"{what}: PEFT cannot load the adapter"
+                message = f"modules_to_save names {saved.name}, and the adapter lacks it"
+                yield saved.missing[0], f"{message}: PEFT cannot load the adapter"
 
     def notes(self) -> Iterator[str]:
         """What PEFT warns of, what it says nothing of, and what only an earlier PEFT loads."""

@@ -104,8 +104,8 @@ class SelectedModules:
 
     def _layer(self, module: str) -> int | None:
         """The number of a module's layer: the first one in its name."""
-        found = (compile_pattern(pattern).match(module) for pattern in self._number)
-        first = next((match for match in found if match), None)
+        matches = (compile_pattern(pattern).match(module) for pattern in self._number)
+        first = next((match for match in matches if match), None)
         return int(first.group(1) or 0) if first else None
 
 

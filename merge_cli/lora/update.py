@@ -154,13 +154,13 @@ def contradictions(
     layers: Mapping[str, Parts], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """The first module whose tensors contradict the config, and why."""
-    for key, part, what in (("use_dora", "magnitude", "magnitude"), ("lora_bias", "bias", "bias")):
-        wanted = bool(config.get(key))
-        module = next((m for m, parts in layers.items() if (part in parts) != wanted), None)
-        if module is not None and wanted:
-            yield module, f"{key} is set, and the adapter has no {what} for it"
+    for key, part, noun in (("use_dora", "magnitude", "magnitude"), ("lora_bias", "bias", "bias")):
+        is_set = bool(config.get(key))
+        module = next((m for m, parts in layers.items() if (part in parts) != is_set), None)
+        if module is not None and is_set:
+            yield module, f"{key} is set, and the adapter has no {noun} for it"
         elif module is not None:
-            yield module, f"the adapter has a {what} for it, and {key} is not set"
+            yield module, f"the adapter has a {noun} for it, and {key} is not set"
 
 
 def is_transposed(

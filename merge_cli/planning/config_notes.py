@@ -31,13 +31,13 @@ def config_notes(
     end = f"the output has that of {sources[config_index].label}"
     for key in dict.fromkeys(key for meaning in meanings for key in meaning.settings):
         alone = key in FOR_ALL or not any(key in meaning.around for meaning in meanings)
-        found = [
+        pairs = [
             (meaning.value(key), source.label)
             for source, meaning in zip(described, meanings, strict=True)
             if alone or meaning.is_nested  # else it has no such part at all
         ]
-        line = _difference(key, found)
-        if line and (key in FOR_ALL or any(value is None for value, _ in found)):
+        line = _difference(key, pairs)
+        if line and (key in FOR_ALL or any(value is None for value, _ in pairs)):
             written = written or [*_written_out(described, meanings)]
             line = _unless_alike(key, written, line)
         if line:
@@ -52,18 +52,18 @@ def config_notes(
             yield f"config.json: {line}; {end}"
 
 
-def _difference(key: str, found: Sequence[tuple[Any, str]]) -> str:
+def _difference(key: str, pairs: Sequence[tuple[Any, str]]) -> str:
     """Every value of a key, and who has it; empty where all are the same."""
     values, labels = list[Any](), dict[str, list[str]]()
-    for value, label in found:
+    for value, label in pairs:
         same = labels.setdefault(canonical(value), [])
         values += [] if same else [value]
         same.append(label)
     if len(values) < 2:
         return ""
     path, shown = _where(key, values)
-    pairs = zip(labels.values(), shown, strict=True)
-    return f"{path} differs: " + "; ".join(f"{', '.join(who)} {text}" for who, text in pairs)
+    told_by = zip(labels.values(), shown, strict=True)
+    return f"{path} differs: " + "; ".join(f"{', '.join(who)} {text}" for who, text in told_by)
 
 
 def _written_out(sources: Sequence[Source], meanings: Sequence[Meaning]) -> Iterator[Meaning]:

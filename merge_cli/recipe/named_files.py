@@ -15,10 +15,10 @@ def named_files(recipe: Recipe) -> list[Path]:
     Among them are the folders of teachers.
     """
     parts = [recipe, *recipe.stages, *recipe.sweep.values()]
-    own = [Path(recipe.file)] if recipe.file else []
+    recipe_files = [Path(recipe.file)] if recipe.file else []
     files = [local_file(word, part.folder) for part in parts for word in _words(part)]
     teachers = [local_folder(word, part.folder) for part in parts for word in _teachers(part)]
-    return [*own, *(path for path in (*files, *teachers) if path is not None)]
+    return [*recipe_files, *(path for path in (*files, *teachers) if path is not None)]
 
 
 def _words(recipe: Recipe) -> Iterator[str]:

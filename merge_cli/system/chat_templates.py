@@ -58,8 +58,8 @@ def _environment() -> Any:
         lstrip_blocks=True,
         extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
-    for known in (environment.filters, environment.tests):
-        known.update(dict.fromkeys(known, _not_computed))
+    for names in (environment.filters, environment.tests):
+        names.update(dict.fromkeys(names, _not_computed))
     return environment
 
 

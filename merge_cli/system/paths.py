@@ -88,13 +88,13 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _refuse(what: str, text: str, advice: str = "Rename it.") -> None:
+def _refuse(kind: str, text: str, advice: str = "Rename it.") -> None:
     if _is_text(text):
         return
     encoding = sys.getfilesystemencoding()
     if encoding.lower().replace("-", "") == "utf8":
-        message, hint = f"{what} is not UTF-8 text", advice
+        message, hint = f"{kind} is not UTF-8 text", advice
     else:
-        message = f"{what} is not text in this locale ({encoding})"
+        message = f"{kind} is not text in this locale ({encoding})"
         hint = "Set PYTHONUTF8=1, or choose a locale with UTF-8."
     raise UsageError(message, where=shown(text), hint=hint)

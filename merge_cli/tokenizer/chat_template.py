@@ -49,14 +49,16 @@ class ChosenTemplates:
         return {FILE: self.text, **named}
 
 
-def choose_templates(recipe: Recipe, sources: Sequence[Source], own: Source) -> ChosenTemplates:
+def choose_templates(
+    recipe: Recipe, sources: Sequence[Source], tokenizer_source: Source
+) -> ChosenTemplates:
     """The output's templates, where they differ from the tokenizer's.
 
     A template of the recipe is the default; the tokenizer's others stay. `auto` takes all of one
     model: the first of those whose default template most have.
 
     Args:
-        own: the source of the tokenizer.
+        tokenizer_source: whose tokenizer the output has.
 
     Raises:
         SourceError: a chosen template is a link out of its model's folder.
@@ -65,7 +67,7 @@ def choose_templates(recipe: Recipe, sources: Sequence[Source], own: Source) -> 
     if recipe.chat_template is None:
         return ChosenTemplates()
     if recipe.chat_template != AUTO:
-        return _with_others(recipe.chat_template, own, "chat template: the recipe's")
+        return _with_others(recipe.chat_template, tokenizer_source, "chat template: the recipe's")
     templates = [chat_templates(source) for source in sources]
     broken = [template_error(texts.get(DEFAULT, "")) for texts in templates]
     notes = tuple(
@@ -83,9 +85,9 @@ def choose_templates(recipe: Recipe, sources: Sequence[Source], own: Source) -> 
     refuse_links(template_files(source), source.root, source.label)
     origin = f"chat template: {source.label}'s, which {count} of {len(sources)} models have"
     chosen = _with_others(text, source, origin)
-    left_out = sorted(chat_templates(own).keys() - {DEFAULT} - chosen.named.keys())
-    if own is not source and left_out:
-        notes += (f"{own.label}: its chat template {', '.join(left_out)} is left out",)
+    left_out = sorted(chat_templates(tokenizer_source).keys() - {DEFAULT} - chosen.named.keys())
+    if tokenizer_source is not source and left_out:
+        notes += (f"{tokenizer_source.label}: its chat template {', '.join(left_out)} is left out",)
     return ChosenTemplates(text, chosen.named, (*chosen.notes, *notes))
 
 
