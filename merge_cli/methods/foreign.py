@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from merge_cli.errors import UsageError
@@ -46,6 +46,17 @@ class ForeignFunction:
     def __wrapped__(self) -> Callable[..., Any]:
         """What `inspect` reads the signature and the docstring of."""
         return self.function
+
+
+def guarded(method: Any, name: str) -> dict[str, Any]:
+    """The functions among a method's fields, each as a `ForeignFunction`.
+
+    Args:
+        method: a dataclass.
+        name: the method's.
+    """
+    functions = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {key: ForeignFunction(f, name) for key, f in functions.items() if callable(f)}
 
 
 def defined_in(function: Callable[..., Any]) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -31,7 +31,7 @@ from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.fused import FusedForm
-from merge_cli.methods.foreign import OURS, ForeignFunction, defined_in
+from merge_cli.methods.foreign import OURS, defined_in, guarded
 from merge_cli.methods.former_keywords import renamed
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.fields import nearest
@@ -270,7 +270,7 @@ def register(method: Method, *, listed: bool = True) -> None:
     function = method.function
     if not method.module.startswith(OURS):
         _load_built_in()  # so that a name of ours is taken, whoever is imported first
-        method = _guarded(method)
+        method = replace(method, **guarded(method, method.name))
     _ = method.parameters  # a signature that cannot be read fails here, at import
     _BY_FUNCTION[function] = method
     for key in (method.name, *method.aliases) if listed else ():
@@ -278,17 +278,6 @@ def register(method: Method, *, listed: bool = True) -> None:
             owner = _METHODS[key].module
             raise TypeError(f"merge method '{key}' is already defined by {owner}")
         _METHODS[key] = method
-
-
-def _guarded(method: Method) -> Method:
-    """The method of another package: none of its functions may end the program."""
-    functions = {f.name: getattr(method, f.name) for f in fields(method)}
-    guarded: dict[str, Any] = {
-        name: ForeignFunction(value, method.name)
-        for name, value in functions.items()
-        if callable(value)
-    }
-    return replace(method, **guarded)
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.auxiliary_files import read_card
+from merge_cli.checkpoint.cards import read_card
 from merge_cli.checkpoint.layout import lay_out
 from merge_cli.errors import (
     RecipeError,

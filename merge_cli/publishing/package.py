@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.auxiliary_files import CARD, front_matter, refuse_links
+from merge_cli.checkpoint.auxiliary_files import CARD, refuse_links
+from merge_cli.checkpoint.cards import front_matter
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.report.card import card_for
 from merge_cli.sources.storage import INDEX

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from merge_cli.checkpoint.auxiliary_files import read_card
+from merge_cli.checkpoint.cards import read_card
 from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.config import CLASS
 from merge_cli.hub.models import HubModel

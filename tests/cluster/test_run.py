@@ -174,7 +174,7 @@ def test_three_nodes_one_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     """In the middle of a merge whose largest tensor is several chunks."""
     generator = torch.Generator().manual_seed(0)
     tensors = {f"model.layers.{i}.mlp.weight": (512, 1024) for i in range(24)}
-    shapes = {"model.embed_tokens.weight": (20_000, 1024), **tensors}
+    shapes = {"model.embed_tokens.weight": (40_000, 1024), **tensors}
     models = []
     for name in "ab":
         weights = {k: torch.randn(*s, generator=generator).bfloat16() for k, s in shapes.items()}

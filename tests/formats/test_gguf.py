@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 import merge_cli
-from merge_cli.checkpoint.auxiliary_files import read_card
+from merge_cli.checkpoint.cards import read_card
 from merge_cli.conversion.run import convert
 from merge_cli.errors import CorruptFileError, MergeCliError, SourceError, UsageError
 from merge_cli.formats.gguf.header import read_header, shortest

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 import merge_cli
-from merge_cli.checkpoint.auxiliary_files import front_matter, read_card
+from merge_cli.checkpoint.cards import front_matter, read_card
 from merge_cli.report.card import card_for
 from tests.support.hub_server import HubServer
 from tests.support.tiny import Family
