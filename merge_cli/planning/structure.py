@@ -131,8 +131,8 @@ def _has_layers(config: Mapping[str, object], shapes: Shapes) -> bool:
 
     More may stand behind them, for predicting several tokens.
     """
-    count = layer_count(config)
-    return count is None or any(n >= count for n in heights(layers_of([*shapes])).values())
+    count, stacks = layer_count(config), heights(layers_of([*shapes])).values()
+    return count is None or not stacks or max(stacks) >= count
 
 
 def _without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -50,7 +50,9 @@ def test_the_same_bytes_as_on_the_host(
 def test_fp8_the_same_bytes_as_on_the_host(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     generator = torch.Generator().manual_seed(0)
     write_model(
-        tmp_path / "a", llama_tensors(generator, layers=1, width=128), llama_config(width=128)
+        tmp_path / "a",
+        llama_tensors(generator, layers=1, width=128),
+        llama_config(layers=1, width=128),
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("merge_method: soup\nmodels: [{model: a}, {model: a}]\nout_dtype: fp8\n")

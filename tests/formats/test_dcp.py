@@ -130,7 +130,7 @@ def test_a_config_that_does_not_fit(steps: Path, tmp_path: Path) -> None:
     other = config()
     other.num_hidden_layers = 3
     other.save_pretrained(tmp_path / "config")
-    with pytest.raises(MismatchError, match="9 tensors are missing"):
+    with pytest.raises(MismatchError, match=r"layers\.2\..*made up"):
         convert(str(steps / "step-1"), tmp_path / "out", config=str(tmp_path / "config"))
     with pytest.raises(UsageError, match="no config.json"):
         convert(str(steps / "step-1"), tmp_path / "out")
