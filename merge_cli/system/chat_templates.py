@@ -64,4 +64,11 @@ def _environment() -> Any:
 
 
 def _not_computed(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError
+    """Instead of a filter or a test, of which only constants are computed while compiling.
+
+    Raises:
+        Impossible: Jinja's own word for a constant that is left to those who run the template.
+    """
+    from jinja2.nodes import Impossible
+
+    raise Impossible

@@ -56,7 +56,7 @@ def by_peft(folder: Path) -> tuple[Tensors | None, bool]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             model = peft.PeftModel.from_pretrained(base, folder / "adapter1")
-    except Exception:
+    except (KeyError, RuntimeError, ValueError):  # an entry that it wants, a shape, its config
         return None, False
     return dict(model.merge_and_unload().state_dict()), any(
         "missing adapter keys" in str(warning.message) for warning in said

@@ -12,7 +12,7 @@ from merge_cli.errors import SourceError
 from merge_cli.lora.selected import SelectedModules
 
 peft = pytest.importorskip("peft")
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists  # noqa: E402
+tuners = pytest.importorskip("peft.tuners.tuners_utils")
 
 WORDS = ("model", "layers", "h", "0", "1", "12", "attn", "q_proj", "v_proj", "lm_head", "q")
 NAMES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(".".join)
@@ -23,8 +23,8 @@ EXPRESSIONS = st.sampled_from([
 
 
 def expected(config: dict[str, Any], module: str) -> bool:
-    result = check_target_module_exists(peft.LoraConfig(**config), module)
-    return bool(result) and not isinstance(result, _ExcludedModule)
+    result = tuners.check_target_module_exists(peft.LoraConfig(**config), module)
+    return bool(result) and not isinstance(result, tuners._ExcludedModule)
 
 
 @given(
