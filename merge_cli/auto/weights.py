@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from merge_cli.evolve.optimizers import CMAES
+from merge_cli.evolve.cma_es import CMAES
 from merge_cli.evolve.space import default_population
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import Search

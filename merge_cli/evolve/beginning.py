@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Candidate, best_first
-from merge_cli.evolve.optimizers import EvaluatedGenome
+from merge_cli.evolve.optimizer import EvaluatedGenome
 from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, start_genome
 from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.references import References

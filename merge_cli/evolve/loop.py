@@ -19,7 +19,7 @@ from typing import Any
 from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.journal import Evaluations
 from merge_cli.evolve.objectives import CandidateScore, Split, Values
-from merge_cli.evolve.optimizers import Optimizer
+from merge_cli.evolve.optimizer import Optimizer
 from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.space import Space, plain_values
 from merge_cli.evolve.static import StaticMerge

@@ -19,7 +19,7 @@ from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.evolve.earlier import SUFFIX, earlier_merges
 from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
-from merge_cli.evolve.optimizers import batch_size
+from merge_cli.evolve.optimizer import batch_size
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
 from merge_cli.evolve.static import StaticMerge, fisher_merge, static_merges, without_data

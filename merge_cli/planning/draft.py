@@ -17,7 +17,7 @@ from merge_cli.planning.equal_tensors import Copies, Integers
 from merge_cli.planning.matches import TensorMatches
 from merge_cli.planning.output_slices import OutputSlice
 from merge_cli.planning.plan import TensorTask
-from merge_cli.planning.structure import Origins
+from merge_cli.planning.stacked_kinds import Origins
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.aligned import AlignedVocabulary

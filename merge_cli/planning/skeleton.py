@@ -10,6 +10,8 @@ itself brings. Importing one takes seconds, so it is asked only when a tensor is
 
 from __future__ import annotations
 
+import gc
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from merge_cli.checkpoint.class_config import (
     quiet_and_alone,
     without_choices,
 )
+from merge_cli.sources.source import Source
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kind = tuple[tuple[str, Any], ...]  # what a layer is: (module and attribute, value), sorted
@@ -210,3 +213,34 @@ def _rules(name: str) -> ClassRules:
 def _patterns(listed: Any) -> tuple[re.Pattern[str], ...]:
     words: Iterable[str] = sorted(listed) if isinstance(listed, set) else (listed or ())
     return tuple(re.compile(word) for word in words)
+
+
+def model_shapes(shapes: Shapes, source: Source) -> Shapes:
+    """Those of the model itself, without the parts in other folders (see `components`)."""
+    parts = tuple(f"{folder}/" for folder in source.stems if folder)
+    if not parts:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if not name.startswith(parts)}
+
+
+_built: dict[tuple[str, frozenset[tuple[str, tuple[int, ...]]], bool], Skeleton] = {}
+
+
+def remembered(config: Mapping[str, object], shapes: Shapes, kinds: bool) -> Skeleton:
+    """As `build`; the last few are remembered, since searches plan one structure many times."""
+    key = json.dumps(config, sort_keys=True), frozenset(shapes.items()), kinds
+    if key not in _built:
+        while len(_built) > 7:
+            del _built[next(iter(_built))]
+        _built[key] = build(config, shapes, kinds=kinds)
+        gc.collect(0)  # a model refers to itself, and `make_plan` searches for no cycles
+    return _built[key]
+
+
+def skeleton_of(source: Source, kinds: bool = False) -> Skeleton | None:
+    """A source as its class opens it; None where that is not known."""
+    try:
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        return remembered(source.config, model_shapes(shapes, source), kinds)
+    except UnknownClass:
+        return None

@@ -7,11 +7,8 @@ say by number which layers use a sliding window, have experts or do without posi
 
 from __future__ import annotations
 
-import gc
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 
 from merge_cli.checkpoint.class_config import UnknownClass
@@ -20,27 +17,13 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.planning.absent import BUFFERS
 from merge_cli.planning.layers import heights, layers_of
-from merge_cli.planning.skeleton import Kind, Shapes, Skeleton, build
+from merge_cli.planning.skeleton import Shapes, Skeleton, model_shapes, remembered, skeleton_of
+from merge_cli.planning.stacked_kinds import Origins, other_kinds
 from merge_cli.sources.source import Source
 from merge_cli.system.untrusted import read_mapping
 
 _NUMBER = re.compile(r"\d+")
 _DTYPES = ("dtype", "torch_dtype")
-
-
-@dataclass(frozen=True)
-class Origins:
-    """Where stacked layers come from.
-
-    Attributes:
-        stack: what their tensors' names begin with.
-        layers: for each layer of the output, its source and its number there.
-        doubts: rules of the config that they may not follow.
-    """
-
-    stack: str
-    layers: Sequence[tuple[Source, int]]
-    doubts: Sequence[str] = ()
 
 
 def check_structure(
@@ -71,7 +54,7 @@ def check_structure(
     """
     if not config_source.config or "" not in config_source.stems:
         return _undecided(origins, "")
-    shapes = _model_shapes(shapes, config_source)
+    shapes = model_shapes(shapes, config_source)
     if (
         origins is None
         and _unchanged(config, shapes, config_source, source_tensors)
@@ -79,14 +62,14 @@ def check_structure(
     ):
         return []
     try:
-        made = _build(config, shapes, origins is not None)
+        made = remembered(config, shapes, origins is not None)
     except UnknownClass as reason:
         return _undecided(origins, str(reason))
     inherited = _Inherited(config_source, sources)
     problems = [*_failures(made, inherited), *_differences(made, inherited)]
     notes: list[str] = []
     if origins is not None and not problems:
-        problems, notes = _other_kinds(made, origins)
+        problems, notes = other_kinds(made, origins)
     if problems and origins is not None and origins.doubts:
         raise ValueError(origins.doubts[0])
     if problems:
@@ -122,7 +105,7 @@ def _unchanged(
     if len(shapes) == len(stored) and [*map(shapes.get, source_tensors)] == stored:
         return True
     there: Shapes = dict(zip(source_tensors, stored, strict=True))
-    there = _model_shapes(there, config_source)
+    there = model_shapes(there, config_source)
     return there == shapes or _without_buffers(there) == _without_buffers(shapes)
 
 
@@ -139,14 +122,6 @@ def _without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
 
 
-def _model_shapes(shapes: Shapes, source: Source) -> Shapes:
-    """Those of the model itself, without the parts in other folders (see `components`)."""
-    parts = tuple(f"{folder}/" for folder in source.stems if folder)
-    if not parts:
-        return shapes
-    return {name: shape for name, shape in shapes.items() if not name.startswith(parts)}
-
-
 def _plain(config: Mapping[str, object]) -> dict[str, object]:
     """A config without dtypes."""
     return {
@@ -154,29 +129,6 @@ def _plain(config: Mapping[str, object]) -> dict[str, object]:
         for key, value in config.items()
         if key not in _DTYPES
     }
-
-
-_built: dict[tuple[str, frozenset[tuple[str, tuple[int, ...]]], bool], Skeleton] = {}
-
-
-def _build(config: Mapping[str, object], shapes: Shapes, kinds: bool) -> Skeleton:
-    """As `build`; the last few are remembered, since searches plan one structure many times."""
-    key = json.dumps(config, sort_keys=True), frozenset(shapes.items()), kinds
-    if key not in _built:
-        while len(_built) > 7:
-            del _built[next(iter(_built))]
-        _built[key] = build(config, shapes, kinds=kinds)
-        gc.collect(0)  # a model refers to itself, and `make_plan` searches for no cycles
-    return _built[key]
-
-
-def _of(source: Source, kinds: bool = False) -> Skeleton | None:
-    """A source as its class opens it; None where that is not known."""
-    try:
-        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        return _build(source.config, _model_shapes(shapes, source), kinds)
-    except UnknownClass:
-        return None
 
 
 class _Inherited:
@@ -192,14 +144,14 @@ class _Inherited:
     @property
     def fails(self) -> bool:
         """Whether the class refuses it."""
-        built = _of(self._config_source)
+        built = skeleton_of(self._config_source)
         return built is None or bool(built.failure)
 
     def has(self, problem: str, name: str) -> bool:
         """Whether a source has the same fault with every tensor of this kind."""
         pattern = _pattern(name)
         for source in self._sources:
-            built = _of(source)
+            built = skeleton_of(source)
             if built is None or built.failure:
                 continue
             faulty = {_pattern(other) for other in getattr(built, problem)}
@@ -253,82 +205,3 @@ def _faults(made: Skeleton) -> Iterator[str]:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield f"{made.name} {message} {names[0]}{more}, as in the sources"
-
-
-def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[str]]:
-    """Stacked layers that the class would make into something else than they were."""
-    skeletons = {source.label: _of(source, kinds=True) for source, _ in origins.layers}
-    path = _stack_of(made, [skeleton for skeleton in skeletons.values() if skeleton], origins)
-    if path is None or None in skeletons.values():
-        if origins.doubts:
-            raise ValueError(origins.doubts[0])
-        return [], []
-    problems, notes = [], []
-    for out, (source, index) in enumerate(origins.layers):
-        skeleton = skeletons[source.label]
-        assert skeleton is not None
-        counts = len(made.kinds[path]), len(skeleton.kinds[path])
-        hard, soft = _unlike(
-            made.kinds[path][out], skeleton.kinds[path][index], out - index, counts
-        )
-        whence = f"layer {index} of {source.label}"
-        if hard:
-            key, new, old = hard[0]
-            message = f"would be of another kind than {whence}: {key} {new}, not {old}"
-            hint = "config.json cannot say of these layers which are which."
-            problems.append(Problem(message, f"{origins.stack}.{out}".lstrip("."), hint=hint))
-        elif soft:
-            key, new, old = soft[0]
-            notes.append(
-                f"{key} depends on a layer's number: {new} in layer {out}, which is "
-                f"{whence} and had {old}"
-            )
-    return problems, notes[:1]
-
-
-def _stack_of(made: Skeleton, skeletons: Sequence[Skeleton], origins: Origins) -> str | None:
-    """The list of modules that the stacked layers are in."""
-    needed = max(index for _, index in origins.layers) + 1 if origins.layers else 0
-    fitting = [
-        path
-        for path, layers in made.kinds.items()
-        if len(layers) == len(origins.layers)
-        and all(path in skeleton.kinds for skeleton in skeletons)
-    ]
-    fitting = [
-        path
-        for path in fitting
-        if any(len(skeleton.kinds[path]) >= needed for skeleton in skeletons)
-    ]
-    same = [path for path in fitting if path == origins.stack]
-    parts = origins.stack.rpartition(".")[2]
-    alike = same or [path for path in fitting if path.rpartition(".")[2] == parts] or fitting
-    return alike[0] if len(alike) == 1 else None
-
-
-Difference = tuple[str, object, object]
-
-
-def _unlike(
-    new: Kind, old: Kind, moved: int, counts: tuple[int, int]
-) -> tuple[list[Difference], list[Difference]]:
-    """What differs between two layers: in kind, and in numbers that follow the layer's.
-
-    Args:
-        moved: how far the layer has moved.
-        counts: how many layers there are, and were.
-    """
-    kinds_there, there = dict(new), dict(old)
-    hard: list[Difference] = []
-    soft: list[Difference] = []
-    for key in sorted(kinds_there.keys() | there.keys()):
-        a, b = kinds_there.get(key), there.get(key)
-        if key.startswith("config.") and None in (a, b):
-            continue  # a list that one config writes out, and the other has as a rule
-        if a == b and type(a) is type(b):
-            continue
-        if type(a) is int and type(b) is int and a - b == moved:
-            continue  # the layer's own number, whatever it is called
-        numbers = (type(a) is float and type(b) is float) or (a, b) == counts
-        (soft if numbers else hard).append((key, a, b))
-    return hard, soft

@@ -27,7 +27,7 @@ def objective(seed: int) -> Callable[[list[float]], float]:
 
 def ours(seed: int, **section: Any) -> float:
     """The best value that the product's TPE reaches."""
-    from merge_cli.evolve.optimizers import OptunaSampler
+    from merge_cli.evolve.optuna_sampler import OptunaSampler
     from merge_cli.evolve.space import Gene, default_population
     from merge_cli.recipe.search import Search, SearchedParameter
 
@@ -63,7 +63,7 @@ def optuna_alone(seed: int) -> float:
 
 def our_cma(seed: int) -> float:
     """The best value that the product's CMA-ES reaches."""
-    from merge_cli.evolve.optimizers import CMAES
+    from merge_cli.evolve.cma_es import CMAES
     from merge_cli.evolve.space import default_population
     from merge_cli.recipe.search import Search
 

@@ -17,9 +17,10 @@ from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.config import merged_config
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError
 from merge_cli.options import MergeOptions
-from merge_cli.planning import structure
+from merge_cli.planning import skeleton
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.skeleton import build
+from merge_cli.planning.structure import check_structure
 from tests.support.tiny import llama_config, llama_family, llama_tensors, write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -199,7 +200,7 @@ def test_what_is_as_its_sources_is_not_looked_at(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a class was built")
 
-    monkeypatch.setattr(structure, "build", never)
+    monkeypatch.setattr(skeleton, "build", never)
     make_plan(load_recipe(linear(tmp_path, dtype="float16")))
 
 
@@ -211,7 +212,7 @@ def test_a_config_that_does_not_fit_the_rows(tmp_path: Path) -> None:
     reference = plan.sources[0]
 
     def check(config: dict[str, Any], shapes: dict[str, Any]) -> list[str]:
-        return structure.check_structure(config, shapes, reference, reference.tensors, plan.sources)
+        return check_structure(config, shapes, reference, reference.tensors, plan.sources)
 
     with pytest.raises(MismatchError, match=r"layers\.2\..*it would be made up"):
         check({**plan.config, "num_hidden_layers": 3}, shapes)
