@@ -15,8 +15,9 @@ from typing import Any
 
 from merge_cli.evaluation.parse import EVALUATION
 from merge_cli.evolve.objectives import OBJECTIVE
+from merge_cli.methods.method import Method
 from merge_cli.methods.parameters import TRUTH, MethodParameter
-from merge_cli.methods.registry import Method, all_methods, get_method, method_names
+from merge_cli.methods.registry import all_methods, get_method, method_names
 from merge_cli.recipe.checkpoints import BECOMES
 from merge_cli.recipe.fields import INEFFECTIVE, MERGEKIT_PARAMETERS
 from merge_cli.recipe.forms import NUMBER_AS_TEXT, any_of

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.auto.checks import automatic_problems
 from merge_cli.errors import Problem
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.planning.preparation import Preparation, Prepared
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_cli.errors import Problem
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import unused_options
 

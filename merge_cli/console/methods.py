@@ -11,7 +11,7 @@ from rich.table import Table
 
 from merge_cli.console.plain import PlainConsole
 from merge_cli.console.tables import method_json
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.examples import example_recipe
 from merge_cli.system.terminal import fold_comments

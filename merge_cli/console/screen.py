@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from merge_cli.chat.prompts import Prompt
     from merge_cli.demo.run import Demo
     from merge_cli.evaluation.live import LiveModel
-    from merge_cli.methods.registry import Method
+    from merge_cli.methods.method import Method
     from merge_cli.options import MergeOptions, Progress
     from merge_cli.planning.plan import Plan
 

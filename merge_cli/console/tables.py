@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from merge_cli.methods.registry import Method
+    from merge_cli.methods.method import Method
     from merge_cli.planning.plan import TensorTask
 
 _GAP = "  "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_cli.dam.checks import learning_problems, learning_warnings
 from merge_cli.errors import Problem
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning.preparation import Preparation, Prepared
 
 if TYPE_CHECKING:

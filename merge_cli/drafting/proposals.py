@@ -13,7 +13,8 @@ from merge_cli.analysis.result import Advice, Suggestion
 from merge_cli.drafting.data import METHODS, with_data
 from merge_cli.drafting.inspection import ModelInspection
 from merge_cli.errors import UsageError
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar

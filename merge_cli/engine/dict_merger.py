@@ -16,7 +16,7 @@ from merge_cli.errors import NonFiniteError, UsageError
 from merge_cli.kernels.convert import encode
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.methods.blocks import Block, Span
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning.resolve import Resolver, arguments
 
 if TYPE_CHECKING:

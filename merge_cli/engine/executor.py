@@ -7,19 +7,16 @@ from functools import cache, partial
 from typing import Any, cast
 
 from merge_cli.checkpoint.dtypes import width_of
-from merge_cli.checkpoint.non_finite import non_finite_error
+from merge_cli.engine.finite import check_finite, refuse_infinity
 from merge_cli.engine.formula import TensorFormula
 from merge_cli.engine.merge_stats import CountKept, StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.streaming import Finished, StreamedChunk, StreamedMerger
 from merge_cli.engine.tensor_writers import OutputOffsets, TensorWriter, writer_for
 from merge_cli.engine.worker_context import HostWorker
-from merge_cli.errors import NonFiniteError
-from merge_cli.kernels.backend import is_finite
 from merge_cli.kernels.fused import FusedForm, Ranks
 from merge_cli.kernels.fused import merge as merge_stored
 from merge_cli.kernels.quantise import largest_magnitude
-from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask
 
 _COPY = FusedForm([1.0])  # a tensor by itself, in one loop from its dtype to another
@@ -201,9 +198,9 @@ class MergeExecutor:
                 stats.add(TensorStats(non_finite=[0]))
                 continue
             block = reader.block(start, stop)
-            self._check_finite(block, task, stats)
+            check_finite(block, task, stats, allowed=self._allow)
             if not writer.put(block.operands[0], start):
-                self._refuse_infinity(block.operands[0], task, block)
+                refuse_infinity(task, block, allowed=self._allow)
         finished(chunk, stats)
 
     def _merge_chunk(
@@ -231,10 +228,10 @@ class MergeExecutor:
     ) -> None:
         task, method = formula.task, self._method
         block = formula.reader.block(start, stop)
-        self._check_finite(block, task, stats)
+        check_finite(block, task, stats, allowed=self._allow)
         merged = method.function(**operands_of(block, method.supplied), **formula.arguments)
         if not writer.put(merged, start):
-            self._refuse_infinity(merged, task, block)
+            refuse_infinity(task, block, allowed=self._allow)
         if meter is not None:
             meter.add(block, merged)
 
@@ -298,43 +295,3 @@ class MergeExecutor:
         if meter is not None:
             meter.add_stored(form, stored)
         return True
-
-    def _check_finite(self, block: Block, task: TensorTask, stats: TensorStats) -> None:
-        counts = [0] * len(block.operands)
-        if not block.finite:
-            counts = [_count_non_finite(operand) for operand in block.operands]
-            if not self._allow:
-                raise self._non_finite_error(block, task, counts)
-        stats.add(TensorStats(non_finite=counts))
-
-    def _refuse_infinity(self, merged: Any, task: TensorTask, block: Block) -> None:
-        """float16 ends at 65504: what is larger would be written as Inf."""
-        if block.finite and not self._allow:
-            message = "some merged weights are too large for float16"
-            hint = "Use bfloat16 or float32 as dtype, or accept Inf with --allow-non-finite."
-            raise NonFiniteError(message, tensor=task.name, hint=hint)
-
-    def _non_finite_error(
-        self, block: Block, task: TensorTask, counts: list[int]
-    ) -> NonFiniteError:
-        in_base = block.base is not None and _count_non_finite(block.base) > 0
-        if in_base and task.base is not None:
-            ref, values = task.base, block.base
-        else:
-            bad = next(i for i, count in enumerate(counts) if count)
-            ref, values = task.operands[bad], block.operands[bad]
-        element = _first_non_finite(values) + block.at.start
-        return non_finite_error(
-            ref,
-            element,
-            hint="Replace the file, or accept it with --allow-non-finite.",
-            together="Leave one of them out, or accept it with --allow-non-finite.",
-        )
-
-
-def _count_non_finite(values: Any) -> int:
-    return int((~is_finite(values)).sum())
-
-
-def _first_non_finite(values: Any) -> int:
-    return int((~is_finite(values)).nonzero()[0][0])  # torch's argmax refuses booleans

@@ -15,7 +15,8 @@ from merge_cli.engine.dict_merger import StateDictMerger
 from merge_cli.engine.dict_tensors import StateDict, check_tensors
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.methods.blocks import Span, operand_specs
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.resolve import Resolver
 from merge_cli.recipe.reference import ModelRef

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.engine.executor import MergeExecutor
+from merge_cli.engine.finite import check_finite, refuse_infinity
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.engine.operands import BlockReader, TensorReader, operands_of
 from merge_cli.engine.streaming import Finished
@@ -35,10 +36,10 @@ class _Variant(MergeExecutor):
     ) -> None:
         merged = self._method.function(**operands_of(block, self._method.supplied), **arguments)
         if not writer.put(merged, block.at.start):
-            self._refuse_infinity(merged, task, block)
+            refuse_infinity(task, block, allowed=self._allow)
 
     def check(self, block: Block, task: TensorTask, stats: TensorStats) -> None:
-        self._check_finite(block, task, stats)
+        check_finite(block, task, stats, allowed=self._allow)
 
     def writer(self, task: TensorTask, chunk: Chunk, largest: float | None) -> TensorWriter:
         worker = self._reader.pool.worker

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from merge_cli.errors import Problem, UsageError
 from merge_cli.evolve.defaults import DEFAULT_RANGES
+from merge_cli.methods.method import Method
 from merge_cli.methods.parameters import MethodParameter
-from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.methods.registry import get_method, method_names
 from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file

@@ -14,7 +14,8 @@ from typing import Any
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.evolve.defaults import with_default_ranges
 from merge_cli.methods.blocks import operand_specs
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.recipe.reference import local_folder, short_labels
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.search import Search, SearchedParameter

@@ -6,7 +6,8 @@ recipe of that method.
 
 from __future__ import annotations
 
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.methods.stand_ins import automatic_method
 from merge_cli.recipe.schema import Recipe
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.kernels.backend import Array, joined
 from merge_cli.kernels.fused import StoredBlock
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 
 T = TypeVar("T")

@@ -6,7 +6,8 @@ Which checkpoints, and with which weights, is read from the recipe (`recipe.chec
 
 from __future__ import annotations
 
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.methods.stand_ins import short_form
 from merge_cli.recipe.checkpoints import BECOMES, METHOD
 from merge_cli.recipe.schema import Recipe

@@ -11,7 +11,8 @@ from merge_cli.checkpoint.coefficients import TensorCoefficients, open_coefficie
 from merge_cli.errors import CorruptFileError
 from merge_cli.kernels.backend import Array
 from merge_cli.methods.blocks import Span
-from merge_cli.methods.registry import Method, merge_method, method_of
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import merge_method, method_of
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 

@@ -7,7 +7,8 @@ formula here is always the inner method's.
 from __future__ import annotations
 
 from merge_cli.errors import UsageError
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.methods.stand_ins import searched_method
 from merge_cli.recipe.schema import Recipe
 

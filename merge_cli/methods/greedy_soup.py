@@ -5,7 +5,8 @@ Which those are is found first (`merge_cli.evolve.greedy`); what is merged is a 
 
 from __future__ import annotations
 
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.methods.stand_ins import searched_method
 from merge_cli.recipe.schema import Recipe
 

@@ -15,8 +15,9 @@ from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import TensorBlocks
 from merge_cli.methods.inner_products import gram_matrix
+from merge_cli.methods.method import Method
 from merge_cli.methods.parameters import PerModel, Range, each
-from merge_cli.methods.registry import Method, merge_method, method_of
+from merge_cli.methods.registry import merge_method, method_of
 from merge_cli.recipe.schema import Parameters, Recipe
 from merge_cli.recipe.values import scalars
 

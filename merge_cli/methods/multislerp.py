@@ -17,8 +17,9 @@ from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import TensorBlocks
 from merge_cli.methods.consensus import weights_cancel
 from merge_cli.methods.inner_products import gram_matrix
+from merge_cli.methods.method import Method
 from merge_cli.methods.parameters import PerModel, each
-from merge_cli.methods.registry import Method, merge_method, method_of
+from merge_cli.methods.registry import merge_method, method_of
 from merge_cli.recipe.schema import Recipe
 
 _BALANCED = 1e-8  # a mean of unit vectors this short has no direction

@@ -19,8 +19,9 @@ from merge_cli.methods.inner_products import (
     gram_matrices,
     gram_matrix,
 )
+from merge_cli.methods.method import Method
 from merge_cli.methods.parameters import PerModel, each
-from merge_cli.methods.registry import Method, merge_method, method_of
+from merge_cli.methods.registry import merge_method, method_of
 from merge_cli.recipe.schema import Recipe
 
 _PARALLEL = 1e-16  # of sin^2: below it the two are on one line

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from merge_cli.methods.registry import Method, register
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import register
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_cli.errors import Problem
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.recipe.schema import Recipe
 
 _OF_MODELS = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.tensors import TensorMap
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning.equal_tensors import Copies, Integers
 from merge_cli.planning.matches import TensorMatches
 from merge_cli.planning.output_slices import OutputSlice

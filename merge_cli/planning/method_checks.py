@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.blocks import averages_base, lists_base, operand_specs
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.planning.adapter_sections import adapter_problems
 from merge_cli.planning.preparation import preparation_for, preparations
 from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest

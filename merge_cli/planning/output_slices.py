@@ -21,7 +21,7 @@ from merge_cli.checkpoint.config import (
 )
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.methods.blocks import operand_specs
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning.layers import TEXT, LayerKeys, kind_of, layer_stacks, main_stack, members
 from merge_cli.planning.stacked_kinds import Origins
 from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec

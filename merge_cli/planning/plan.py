@@ -24,7 +24,7 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.formats.encoding import Encoding, Verbatim
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.lora.adapter import WEIGHTS
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning import totals
 from merge_cli.planning.equal_tensors import Copies, Integers
 from merge_cli.planning.layers import layer_key_of

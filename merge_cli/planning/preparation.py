@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.system.libraries import require
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.methods.blocks import shared_parameters
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import (
     Scalar,

@@ -12,7 +12,7 @@ from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
 from merge_cli.checkpoint.layout import natural_order
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.formats.encoding import Verbatim
-from merge_cli.methods.registry import Method
+from merge_cli.methods.method import Method
 from merge_cli.planning.draft import Draft
 from merge_cli.planning.encodings import Decision, EncodingChoice, problems
 from merge_cli.planning.matches import AlikeMatches, TensorMatch, as_columns

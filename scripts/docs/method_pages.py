@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 
+from merge_cli.methods.method import Method
 from merge_cli.methods.parameters import MethodParameter
-from merge_cli.methods.registry import Method, all_methods
+from merge_cli.methods.registry import all_methods
 from merge_cli.recipe.examples import example_recipe
 
 _ARXIV = re.compile(r"arXiv:(\d+\.\d+)")

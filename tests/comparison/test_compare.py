@@ -21,9 +21,9 @@ from merge_cli.comparison import cost
 from merge_cli.comparison.cost import CostLog, MergeCost
 from merge_cli.comparison.entries import EntryNames
 from merge_cli.comparison.files import comparison_record
+from merge_cli.comparison.merges import merge_key
 from merge_cli.comparison.page import render_comparison
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
-from merge_cli.comparison.run import _work
 from merge_cli.comparison.tables import csv_text, markdown
 from merge_cli.comparison.verdict import _amount, verdict
 from merge_cli.evaluation.result import Cost, Evaluation, Metric, TaskResult
@@ -393,14 +393,14 @@ def test_another_way_to_a_folder_is_the_same_merge(job: Path, zoo: Path) -> None
         text = f"merge_method: soup\nmodels: [{start}/math, {start}/code]\n"
         (job / "recipes" / f"{name}.yaml").write_text(text)
     plans = [make_plan(load_recipe(job / "recipes" / f"{n}.yaml")) for n in ("far", "near")]
-    assert len({_work(plan, "cpu") for plan in plans}) == 1
+    assert len({merge_key(plan, "cpu") for plan in plans}) == 1
 
 
 def test_another_tokenizer_is_another_merge(job: Path, zoo: Path) -> None:
     recipe = (job / "half.yaml").read_text()
     (job / "third.yaml").write_text(f"{recipe}tokenizer_source: {zoo}/math\n")
     plans = [make_plan(load_recipe(job / f"{name}.yaml")) for name in ("half", "third")]
-    first, second = (_work(plan, "cpu") for plan in plans)
+    first, second = (merge_key(plan, "cpu") for plan in plans)
     assert first != second
 
 

@@ -21,7 +21,8 @@ from merge_cli.console.questions import Questions
 from merge_cli.drafting import scaffold as drafting
 from merge_cli.drafting.scaffold import scaffold, study_models
 from merge_cli.errors import MismatchError, UsageError
-from merge_cli.methods.registry import Method, all_methods
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import all_methods
 from tests.support.command import cli, failed
 from tests.support.dam_tiny import config as dam_config
 from tests.support.dam_tiny import write_data, write_models

@@ -17,7 +17,8 @@ from merge_cli.kernels import fused, passes, reduce
 from merge_cli.kernels.convert import encode_into
 from merge_cli.kernels.cut import MagnitudeThreshold
 from merge_cli.methods.blocks import Block, Span
-from merge_cli.methods.registry import Method, get_method
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import get_method
 from merge_cli.methods.sparsification import RandomDrop
 from merge_cli.methods.ties import TiesTrim
 from tests.support.stored import DTYPES, block_of, decoded, stored_rows

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from merge_cli.methods.registry import Method, all_methods
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import all_methods
 from tests.support.tiny import Family, Tensors, merge, write_model
 
 STATIC = [method for method in all_methods() if method.plain]

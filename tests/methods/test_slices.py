@@ -13,7 +13,8 @@ import torch
 
 import merge_cli
 from merge_cli.errors import MismatchError, RecipeError
-from merge_cli.methods.registry import Method, all_methods
+from merge_cli.methods.method import Method
+from merge_cli.methods.registry import all_methods
 from tests.support.tiny import (
     Family,
     Tensors,
