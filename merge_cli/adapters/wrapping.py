@@ -66,6 +66,7 @@ class Wrapping:
 
     def keeps_factors(self, layer: str, saved: str) -> bool:
         """Whether a layer can have factors where a module is saved."""
+        # Names are expressions to PEFT here, and are not escaped.
         excluded = re.match(rf"(^|.*\.){saved}($|\..*)", layer)
         return not excluded and not layer.endswith(saved)
 

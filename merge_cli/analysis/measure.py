@@ -22,7 +22,7 @@ from merge_cli.engine.device import Device
 from merge_cli.engine.files import Files
 from merge_cli.engine.loop import task_batches
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
-from merge_cli.engine.operands import BlockReader, TensorReader, sample_steps
+from merge_cli.engine.operands import BlockReader, TensorReader
 from merge_cli.engine.pool import (
     Pool,
     arithmetic_for,
@@ -34,7 +34,6 @@ from merge_cli.engine.worker_context import HostWorker, WorkerContext
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
-from merge_cli.kernels.passes import sample_keys
 from merge_cli.kernels.streams import RelationStreams, Stored
 from merge_cli.methods.blocks import Block
 from merge_cli.options import MergeOptions, OnProgress, Progress
@@ -165,7 +164,7 @@ class _TensorSums:
         width = task.bytes_read // task.size
         # A small tensor is read once: its sample is all of it.
         complete = [*_sample(reader)] if task.size <= _SAMPLE else None
-        thresholds = _thresholds(complete) if complete else self._thresholds_by_sample(reader)
+        thresholds = _thresholds(complete) if complete else _thresholds_by_sample(reader)
 
         def of_span(number: int) -> Relations:
             sums = self._streamed(reader, number, thresholds)
@@ -184,15 +183,6 @@ class _TensorSums:
             total.add(sums)
         total.set_chance()
         return total
-
-    def _thresholds_by_sample(self, reader: TensorReader) -> list[float]:
-        worker, task = self._reader.pool.worker, reader.task
-        run, step = sample_steps(task.size, _SAMPLE)
-        if isinstance(worker, HostWorker) and reader.can_be_stored and run <= worker.block:
-            keys = sample_keys(worker.span(task.inputs, 0, task.size, base=True), run, step)
-            if keys is not None:  # a key's float32 is the magnitude
-                return [top_threshold(row.view("float32"), TOP_SHARE) for row in keys]
-        return _thresholds(_sample(reader))
 
     def _streamed(
         self, reader: TensorReader, number: int, thresholds: Sequence[float]
@@ -230,6 +220,13 @@ def _sample(reader: TensorReader) -> Iterator[Sequence[Any]]:
     """Blocks at positions that only depend on the tensor's size; all of a small one, in order."""
     for block in reader.sample(_SAMPLE):
         yield _differences(block, reader.task)
+
+
+def _thresholds_by_sample(reader: TensorReader) -> list[float]:
+    keys = reader.sample_keys(_SAMPLE, based=True)
+    if keys is None:
+        return _thresholds(_sample(reader))
+    return [top_threshold(row.view("float32"), TOP_SHARE) for row in keys]  # keys are magnitudes
 
 
 def _thresholds(sample: Iterable[Sequence[Any]]) -> list[float]:

@@ -28,6 +28,7 @@ Line = dict[str, Any]
 _STOPPED = "stopped: the best so far was accepted"
 _NOT_TRIED = "not tried: the best so far was accepted"
 _VALIDATION = "validation"
+_START = "start"  # a line of the journal: where learning begins
 
 
 class Trials:
@@ -170,16 +171,25 @@ class Trials:
         return not step.begins_at_best or all(other.method == SEARCH for other in busy)
 
     def _begun_at_best(self, recipe: Recipe) -> Recipe:
-        """Learning that starts at the best of the merges before it that it can start at."""
+        """Learning that starts at the best of the merges before it that it can start at.
+
+        It stays the one that it began with: a larger budget may bring better ones afterwards.
+        """
+        begun = self._folder.line(_START, "dam")
+        best = self._best_start() if begun is None else begun["start"]
+        if best is None:
+            return recipe
+        if begun is None:
+            self._folder.append({"kind": _START, "step": "dam", "start": best})
+        return replace(recipe, training=replace(recipe.learning, start=best))
+
+    def _best_start(self) -> Any:
         measured = [
             (line["loss"], start)
             for name, line in self._lines.items()
             if (start := self._steps[name].start) is not None and line["loss"] is not None
         ]
-        if not measured:
-            return recipe
-        _, best = min(measured, key=lambda pair: pair[0])
-        return replace(recipe, training=replace(recipe.learning, start=best))
+        return min(measured, key=lambda pair: pair[0])[1] if measured else None
 
     def _of_search(self) -> Job | None:
         """The next candidate; at the end the best of them, once."""

@@ -1,19 +1,24 @@
-"""A node that takes part in a merge, as the driver sees it: its process, its journal, its share."""
+"""Nodes that take part in a merge, as the driver sees them: process, journal, share."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_cli.cluster.connection import Node, on_node
+from merge_cli.cluster.connection import Node, on_node, reason
 from merge_cli.cluster.node import NodeWorker, ShareStats
 from merge_cli.engine.journal import chunks_of
 from merge_cli.engine.merge_stats import NodeStats, TensorStats
+from merge_cli.errors import MergeCliError
 from merge_cli.planning.plan import Chunk
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import read_lines
+
+_SOON_SECONDS = 10.0  # then the user is told what is waited for
+_START_SECONDS = 120.0  # for a node's process to start, and for its CPUs to be free
 
 
 class NodeLog:
@@ -114,3 +119,42 @@ def start_member(
     return Member(
         node, node_threads, remote.remote(work, node_threads, path.absolute()), NodeLog(path)
     )
+
+
+def open_members(ray: Any, members: Sequence[Member], note: Callable[[str], None]) -> None:
+    """Wait until their processes have started and opened the merge. Who cannot is lost.
+
+    Args:
+        note: is told what is waited for, and who takes no part.
+
+    Raises:
+        MergeCliError: of a node's own, as it says.
+    """
+    opened = [member.actor.open.remote() for member in members]
+    ready, waiting = ray.wait(opened, num_returns=len(opened), timeout=_SOON_SECONDS)
+    if waiting:
+        those = f"{len(waiting)} of {len(opened)} nodes" if len(opened) > 1 else "the node"
+        note(f"waiting for {those} to start a process, and for free CPUs")
+        ready, _ = ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
+    for member, call in zip(members, opened, strict=True):
+        why = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
+        if call in ready:
+            try:
+                checked(ray.get(call))
+                continue
+            except ray.exceptions.RayError as error:
+                why = reason(error)
+        member.lost = True
+        ray.kill(member.actor)
+        note(f"node {member.node.name} takes no part: {why}")
+
+
+def checked(answer: Any) -> Any:
+    """A node's answer.
+
+    Raises:
+        MergeCliError: the one that it answers with.
+    """
+    if isinstance(answer, MergeCliError):
+        raise answer
+    return answer

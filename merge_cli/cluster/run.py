@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.cluster.connection import check_storage, connected, reason, usable_nodes
-from merge_cli.cluster.members import Member, start_member
+from merge_cli.cluster.members import Member, checked, open_members, start_member
 from merge_cli.cluster.node import SHARED, SHARED_CACHE, Work
 from merge_cli.cluster.shares import LEAST_BYTES, Shares
 from merge_cli.cluster.summary import together
@@ -32,14 +32,12 @@ from merge_cli.engine.journal import Journal
 from merge_cli.engine.loop import Tally, output_bytes
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.output import NODES
-from merge_cli.errors import MergeCliError, ResourceError
+from merge_cli.errors import ResourceError
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan, cut_chunks
 from merge_cli.system.raw_io import sync, write_error
 
 _POLL_SECONDS = 0.25
-_SOON_SECONDS = 10.0  # then the user is told what is waited for
-_START_SECONDS = 120.0  # for a node's process to start, and for its CPUs to be free
 _STOP_SECONDS = 10.0
 _FRUITLESS = 8  # shares in a row that are answered for, and of which the storage shows nothing
 _RESUMES = "The same command resumes, with or without --ray."
@@ -183,28 +181,12 @@ class _Run:
         nodes = usable_nodes(self._ray, self._device.kind)
         count = max(1, -(-self._shares.bytes // self._shares.least))
         kind, threads = self._device.kind, self._options.threads
-        members = [
+        # Known before anything is waited for, so that an interruption finds whom to stop.
+        self._members = [
             start_member(self._ray, node, self._work, self._folder, kind, threads)
             for node in nodes[:count]
         ]
-        opened = [member.actor.open.remote() for member in members]
-        self._members = members
-        ready, waiting = self._ray.wait(opened, num_returns=len(opened), timeout=_SOON_SECONDS)
-        if waiting:
-            those = f"{len(waiting)} of {len(opened)} nodes" if len(opened) > 1 else "the node"
-            self._note(f"waiting for {those} to start a process, and for free CPUs")
-            ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
-        for member, call in zip(members, opened, strict=True):
-            why = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
-            if call in ready:
-                try:
-                    self._checked(self._ray.get(call))
-                    continue
-                except self._ray.exceptions.RayError as error:
-                    why = reason(error)
-            member.lost = True
-            self._ray.kill(member.actor)
-            self._note(f"node {member.node.name} takes no part: {why}")
+        open_members(self._ray, self._members, self._note)
         count = len(self._present)
         if not count:
             hint = "Wait until its CPUs are free, or give fewer --threads."
@@ -225,7 +207,7 @@ class _Run:
             try:
                 while not self._ray.wait([call], timeout=_POLL_SECONDS)[0]:
                     pass
-                answer = self._checked(self._ray.get(call))
+                answer = checked(self._ray.get(call))
             except self._ray.exceptions.RayError as error:
                 self._lose(member, error)
                 continue
@@ -257,7 +239,7 @@ class _Run:
     def _finish(self, member: Member) -> None:
         """Take a node's answer for its share."""
         try:
-            answer = self._checked(self._ray.get(member.call))
+            answer = checked(self._ray.get(member.call))
         except self._ray.exceptions.RayError as error:
             self._lose(member, error)
             return
@@ -319,11 +301,6 @@ class _Run:
         for member in self._present:
             self._ray.kill(member.actor)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _checked(self, answer: Any) -> Any:
-        if isinstance(answer, MergeCliError):
-            raise answer
-        return answer
 
     def _note(self, text: str) -> None:
         self._on_progress(Progress("merge", 0, 0, text))

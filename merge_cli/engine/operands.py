@@ -134,13 +134,18 @@ class TensorReader:
             base=self.task.base is not None,
         )
 
-    def sample_keys(self, count: int) -> Any:
-        """`kernels.select.Stream.sample_keys`."""
+    def sample_keys(self, count: int, *, based: bool | None = None) -> Any:
+        """`kernels.select.Stream.sample_keys`.
+
+        Args:
+            based: the first tensor is what the others are compared with; default as the task says.
+        """
         if self._keeps_block or not self.can_be_stored or self.size <= count:
             return None
         run, step = sample_steps(self.size, count)
         worker = cast(HostWorker, self._reading.pool.worker)
-        span = worker.span(self.task.inputs, 0, self.size, base=self.task.base is not None)
+        is_based = self.task.base is not None if based is None else based
+        span = worker.span(self.task.inputs, 0, self.size, base=is_based)
         return sample_keys(span, run, step) if run <= worker.block else None
 
     def sample(self, count: int) -> Iterator[Block]:

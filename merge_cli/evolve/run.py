@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,9 @@ from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.errors import Interrupted, MergeCliError
 from merge_cli.evolve.beginning import evaluated_genomes, first_genome
-from merge_cli.evolve.greedy import Greedy, soup_of
-from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
+from merge_cli.evolve.best_recipe import RecipeWriter
+from merge_cli.evolve.greedy import Greedy
+from merge_cli.evolve.jobs import EvaluationJob, Setup
 from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
@@ -27,12 +27,10 @@ from merge_cli.evolve.rivals import SearchOutcome, judge
 from merge_cli.evolve.static import FISHER
 from merge_cli.evolve.verdict import shown
 from merge_cli.evolve.workers import make_workers
-from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.equal_tensors import compare
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
-from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.recipe.schema import Recipe
 
 Searcher = Loop | Asynchronous | Greedy
@@ -93,9 +91,9 @@ def search(
             record = {"asked": asked, **run.record()}
             inputs.verify_or(folder.discard)
             folder.finish(record)
-        recipe = run.recipe_of(record["best"]["genome"], record["best"]["static"])
+        recipe = run.recipes.recipe_of(record["best"]["genome"], record["best"]["static"])
         best = record["best"]
-        text = run.text_of(recipe, shown(record, best["score"], ".6g"), best["static"])
+        text = run.recipes.text_of(recipe, shown(record, best["score"], ".6g"), best["static"])
         folder.write_best(text)
     for line in record["warnings"]:
         on_progress(Progress("search", 0, 0, line))
@@ -114,7 +112,8 @@ class _Run:
         folder: SearchWorkspace,
         on_progress: OnProgress,
     ) -> None:
-        self._decided, self._target, self._options = decided, target, options
+        self._decided, self._options = decided, options
+        self.recipes = RecipeWriter(decided, target)
         self._folder, self._on_progress = folder, on_progress
         setup = Setup(decided.static(), decided.objective, options, decided.search.workers)
         self._workers = make_workers(decided.search, setup)
@@ -147,32 +146,6 @@ class _Run:
         finally:
             self._workers.close()
         return record
-
-    def recipe_of(self, genome: Sequence[float], static: str = "") -> Recipe:
-        """The static recipe that a genome means, or that of the static merge with this name."""
-        if static:
-            return next(m.recipe for m in self._decided.statics if m.name == static)
-        if self._decided.space is not None:
-            return self._decided.space.recipe(genome)
-        return soup_of(self._decided.recipe, [i for i, u in enumerate(genome) if u])
-
-    def text_of(self, recipe: Recipe, score: str, static: str = "") -> str:
-        """The static recipe as YAML, with paths that lead from beside OUT."""
-        plan = self._decided.plan
-        commits = {name: c for source in plan.sources for name, c in source.commits.items()}
-        locate = path_from(self._target.absolute(), recipe.folder, commits)
-        name = self._decided.recipe.merge_method
-        origin = f"{static}: {name} has no better candidate" if static else f"found by {name}"
-        header = f"{origin}, score {score}; merge-cli run merges it without a search"
-        return dump_recipe(
-            recipe,
-            locate=locate,
-            defaults={},
-            inputs={},
-            header=header,
-            data=data_from(self._target.absolute(), recipe.folder),
-            kind=get_method(recipe.merge_method).gathers,
-        )
 
     def _searcher(self) -> Searcher:
         decided = self._decided
@@ -269,7 +242,9 @@ class _Run:
         return min(scored, key=lambda item: item[:-1])[-1] if scored else ranked[0]
 
     def _recipe(self, candidate: Candidate) -> Recipe:
-        return self.recipe_of(candidate.genome, candidate.static.name if candidate.static else "")
+        return self.recipes.recipe_of(
+            candidate.genome, candidate.static.name if candidate.static else ""
+        )
 
     def _recorded(self, best: Candidate, seconds: float) -> dict[str, Any]:
         """The report's record: the result beside what needs no search, on the report's rows."""
@@ -297,33 +272,6 @@ class _Run:
         return ranked[0] if ranked else None
 
     def _interrupted(self) -> Interrupted:
-        """With the best that the journal knows: also of the generation that is not complete."""
-        where, hint = str(self._folder.path), "The same command continues."
-        split = self._decided.objective.search
-        lines = [
-            line
-            for line in self._folder.lines
-            if line["kind"] in ("static", "candidate")
-            and line["share"] == 1.0
-            and not line["error"]
-        ]
-        if not lines:
-            return Interrupted("stopped", where=where, hint=hint)
-        base = self._references.base(split)  # known: references come before candidates
-        scored = [
-            (
-                split.score(EvaluationOutcome.from_json(line["number"], line).values, base),
-                line["number"],
-            )
-            for line in lines
-        ]
-        score, number = min(scored, key=lambda item: (*item[0].order, item[1]))
-        line = next(line for line in lines if line["number"] == number)
-        static = line.get("merge", "")
-        recipe = self.recipe_of(line["genome"], static)
-        maximised = split.is_maximised(EvaluationOutcome.from_json(number, line).values)
-        reached = shown({"maximised": maximised}, score.total, ".6g")
-        path = self._folder.write_best(self.text_of(recipe, reached, static))
-        tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
-        message = f"stopped after {tried} evaluations; the best so far, with score "
-        return Interrupted(f"{message}{reached}, is there", where=str(path), hint=hint)
+        """With the best that the journal knows; references come before candidates."""
+        base = partial(self._references.base, self._decided.objective.search)
+        return self.recipes.interrupted(self._folder, base)

@@ -111,7 +111,7 @@ class Completeness:
         is_embedding = "embedding_a" in parts
         why = self._selected.why_not(module, is_embedding=is_embedding)
         if why and renamed != module:
-            return why and self._selected.why_not(renamed, is_embedding=is_embedding)
+            return self._selected.why_not(renamed, is_embedding=is_embedding)
         return why
 
     def _replacements(self) -> Iterator[tuple[str, str]]:

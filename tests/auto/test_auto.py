@@ -21,8 +21,10 @@ import merge_cli
 from merge_cli.auto.measure import Losses
 from merge_cli.auto.plan import LAMBDAS, plan_automatic
 from merge_cli.auto.search import CandidateSearch
+from merge_cli.auto.trials import Trials
 from merge_cli.auto.verdict import choose
 from merge_cli.auto.weights import Weights, WeightSearch, candidate_count
+from merge_cli.auto.worker import Answer, Job
 from merge_cli.auto.workspace import AutomaticWorkspace
 from merge_cli.dam.run import learn
 from merge_cli.data.rows import part_of, read_data
@@ -301,6 +303,43 @@ def test_learning_starts_at_the_best_so_far(
     at_learning = next(i for i, line in enumerate(lines) if line.stage == "teach")
     assert "gather" not in {line.stage for line in lines[at_learning:]}
     assert {line.note for line in lines if line.stage == "baselines"} <= {"fisher", "regmean"}
+
+
+def test_learning_stays_where_it_began(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger budget afterwards tries Fisher, which was left out, and learns nothing anew."""
+    started: list[Any] = []
+
+    def told(plan: Plan, *arguments: Any, **options: Any) -> Any:
+        started.append(plan.recipe.learning.start)
+        return learn(plan, *arguments, **options)
+
+    def stop(progress: Progress) -> None:
+        if progress.note.startswith("test rows"):
+            raise KeyboardInterrupt
+
+    take = Trials.take
+
+    def taken(trials: Trials, job: Job, answer: Answer, loss: float) -> None:
+        take(trials, job, answer, 0.1 if job.step == "fisher" else loss)
+
+    monkeypatch.setattr("merge_cli.auto.worker.learn", told)
+    monkeypatch.setattr(Trials, "take", taken)  # so that learning would begin at Fisher
+    keys: dict[str, Any] = {"methods": ["soup", "fisher", "dam"]}
+    keys["statistics"] = {"examples": 60, "max_length": 24}
+    decided = plan_automatic(make_plan(load_recipe(write_recipe(models, **keys))), OPTIONS)
+    tokens = {step.name: step.tokens for step in decided.steps}
+    assert tokens["fisher"] > tokens["dam"] > 0
+    enough = len(decided.steps) * decided.validation_tokens + tokens["dam"]
+    with pytest.raises(Interrupted):
+        run(write_recipe(models, **keys, budget={"tokens": enough}), tmp_path / "out",
+            on_progress=stop)  # fmt: skip
+    auto = run(write_recipe(models, **keys), tmp_path / "out")
+    assert any(line["step"] == "fisher" and not line["note"] for line in auto["path"])
+    assert len(started) > 1  # for the verdict, from what it had learned
+    assert len(set(started)) == 1
+    assert started[0] != "fisher"
 
 
 def test_a_start_that_is_asked_for_is_taken(models: Path) -> None:
