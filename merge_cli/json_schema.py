@@ -108,7 +108,7 @@ def _sections(method: Method) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if method.automatic:
         result |= {"parameters": False, "coefficients": False, "search": False, "objective": False}
-        return {**result, "checkpoints": False, "schedule": False}
+        return {**result, **_statistics(method), "checkpoints": False, "schedule": False}
     if method.is_short_form:
         result |= {"models": False, "slices": False, "modules": False}
     else:
@@ -118,11 +118,7 @@ def _sections(method: Method) -> dict[str, Any]:
         result["training"] = False
         if "coefficients" not in method.supplied:
             result["coefficients"] = False
-    gathers = "fisher" if method.searches else method.gathers  # a search's rival
-    if not gathers:
-        result["statistics"] = False
-    elif unused := unused_options(gathers):
-        result["statistics"] = {"properties": dict.fromkeys(unused, False)}
+    result |= _statistics(method)
     if not method.searches:
         result |= {"search": False, "objective": False}
     elif method.name == _GREEDY:
@@ -132,6 +128,18 @@ def _sections(method: Method) -> dict[str, Any]:
     return result
 
 
+def _statistics(method: Method) -> dict[str, Any]:
+    """`statistics:`, a folder for what merges with them and for nothing else."""
+    if method.gathers:
+        return {"statistics": {"properties": dict.fromkeys(unused_options(method.gathers), False)}}
+    if method.searches:  # its rival is a fisher merge
+        return {
+            "statistics": {**_SECTION, "properties": dict.fromkeys(unused_options("fisher"), False)}
+        }
+    return {"statistics": _SECTION if method.learns or method.automatic else False}
+
+
+_SECTION: Schema = {"not": {"type": "string"}}
 _SPACE = ("method",)  # what a search needs; most methods have default ranges
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from merge_cli.auto.verdict import choose, judge, sentence
 from merge_cli.auto.worker import Answer, Job
 from merge_cli.auto.workers import Workers, workers_for
 from merge_cli.auto.workspace import AutomaticWorkspace
+from merge_cli.calibration.run import with_folder
 from merge_cli.dam.distributed import launched
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.errors import GateError, Interrupted, MergeCliError, UsageError
@@ -23,6 +24,7 @@ from merge_cli.evaluation.live import fetch_everything
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
+from merge_cli.recipe.statistics import FOLDER
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class AutomaticResult:
     Attributes:
         plan: of it; static, or with its statistics or coefficients.
         record: the path and the verdict, for the report (docs/auto.md).
-        folders: models that belong into OUT, by name.
+        folders: that belong into OUT, by name: models, statistics.
         discard: throws the workspace away.
     """
 
@@ -74,7 +76,7 @@ def find_best(
             run = _Run(decided, folder, workers, options, on_progress)
             try:
                 record = run.record()
-                best = run.prepared(record["best"])
+                best = _complete(run.prepared(record["best"]), folder.path)
             except (KeyboardInterrupt, Interrupted):  # the second is how its steps say it
                 workers.stop()
                 raise run.interrupted() from None
@@ -84,6 +86,15 @@ def find_best(
         hint = "Give more data, or run without --require-improvement."
         raise GateError(message, where=str(folder.path), hint=hint)
     return AutomaticResult(best.plan, record, best.folders, folder.discard)
+
+
+def _complete(best: Answer, folder: Path) -> Answer:
+    """The best merge, with all that its recipe needs to give the same bytes without data."""
+    if best.plan.calibrated is None:
+        return best
+    kept = folder / FOLDER
+    plan = with_folder(best.plan, kept)
+    return replace(best, plan=plan, folders={**best.folders, FOLDER: kept})
 
 
 class _Run:

@@ -71,7 +71,7 @@ class Answer:
 
     Attributes:
         plan: complete: it merges what was measured.
-        folders: models that belong into OUT with it, by name.
+        folders: that belong into OUT with it, by name.
         losses: empty where it predicts no numbers; then there is an `error`.
         seconds, cpu_seconds: that it took.
     """

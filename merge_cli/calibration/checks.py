@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from merge_cli.errors import Problem
 from merge_cli.methods.method import Method
 from merge_cli.methods.registry import get_method
+from merge_cli.recipe.reference import local_folder
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import unused_options
 
 
 def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     """What the section lacks, or wants from a method that looks at nothing."""
-    name = recipe.merge_method
+    name, folder = recipe.merge_method, recipe.statistics_folder
     if get_method(name).automatic:
         return  # `auto` checks what it passes on
     if not method.gathers:
@@ -26,6 +27,11 @@ def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
         if getattr(recipe, key):
             message = f"{name} runs whole models on their data."
             yield recipe.problem(key, message, "List them under `models:`.")
+    if folder is not None:
+        path = local_folder(folder, recipe.folder)
+        if path is None or not path.is_dir():
+            yield recipe.problem("statistics", f"no such folder: {folder}")
+        return
     if recipe.models:
         for spec in recipe.models:
             if spec.data is None:
@@ -39,8 +45,14 @@ def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
 
 
 def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
-    """Data that would be held out for measuring: nothing is measured here."""
+    """Data that would be held out for measuring, or looked at: neither happens here."""
     if not method.gathers:
+        return
+    if recipe.statistics_folder is not None:
+        for spec in recipe.models:
+            if spec.data is not None:
+                where = recipe.position_of(f"{spec.key}.data")
+                yield f"{where}: has no effect: the statistics are given."
         return
     for spec in recipe.models:
         if spec.data is not None and spec.data.held_out:

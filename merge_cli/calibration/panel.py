@@ -119,7 +119,7 @@ def print_gathered(out: Console, calibrated: Mapping[str, Any]) -> None:
     """What a merge was made with: one line for each source."""
     for item in calibrated["sources"]:
         zero = f", {item['zero']:.1%} of its importances are 0" if "zero" in item else ""
-        cached = ", from the cache" if item["from_cache"] else ""
+        cached = ", gathered before" if item["from_cache"] else ""
         out.print(
             f"[green]✓[/green] calibrated on {item['tokens']:,} tokens in {item['examples']:,} "
             f"examples with {escape(item['model'])}{zero}{cached}",

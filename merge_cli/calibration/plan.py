@@ -31,10 +31,8 @@ from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.statistics import Statistics
+from merge_cli.recipe.statistics import ORIGIN, Statistics
 from merge_cli.sources.source import Source
-
-ORIGIN = "gathered_from"  # under `metadata:` of a resolved recipe
 
 
 @dataclass(frozen=True)

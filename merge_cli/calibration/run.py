@@ -10,7 +10,7 @@ from typing import Any
 from merge_cli.calibration.data import Examples
 from merge_cli.calibration.fisher import gather_importances
 from merge_cli.calibration.gram import gather_grams
-from merge_cli.calibration.plan import ORIGIN, CalibrationPlan, SourcePart, plan_calibration
+from merge_cli.calibration.plan import CalibrationPlan, SourcePart, plan_calibration
 from merge_cli.calibration.store import Writer, find, making
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
 from merge_cli.engine.memory import return_freed_memory
@@ -19,8 +19,9 @@ from merge_cli.evaluation.fingerprints import refuse_changed, source_identity
 from merge_cli.evaluation.live import fetch_everything, load, memory_errors
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
-from merge_cli.recipe.statistics import Statistics
+from merge_cli.recipe.statistics import ORIGIN, Statistics, statistics_file
 from merge_cli.system.machine import torch_threads
+from merge_cli.system.raw_io import write_error
 
 _MEASURES = {"gram": gather_grams, "fisher": gather_importances}
 _SMALLER = "Try a smaller max_length, or dtype: bfloat16, under `statistics:`."
@@ -92,6 +93,31 @@ def with_statistics(decided: CalibrationPlan, calibrated: CalibrationStatistics)
         metadata={**plan.recipe.metadata, ORIGIN: origin},
     )
     return replace(plan, recipe=recipe, calibrated=calibrated)
+
+
+def with_folder(plan: Plan, folder: Path) -> Plan:
+    """The plan, whose recipe names a folder of its statistics instead of data.
+
+    Args:
+        folder: it gets links to the cache, whose files are copied when OUT is made.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
+    assert plan.calibrated is not None, "it has been calibrated"
+    try:
+        folder.mkdir(exist_ok=True)
+        for number, file in enumerate(plan.calibrated.files):
+            link = folder / statistics_file(number)
+            link.unlink(missing_ok=True)  # of a run that was stopped
+            link.symlink_to(file.path.absolute())
+    except OSError as error:
+        raise write_error(error, folder) from error
+    models = tuple(replace(spec, data=None) for spec in plan.recipe.models)
+    recipe = replace(
+        plan.recipe, models=models, statistics=None, statistics_folder=str(folder.absolute())
+    )
+    return replace(plan, recipe=recipe)
 
 
 def _measure_one(

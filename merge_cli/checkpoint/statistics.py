@@ -80,7 +80,7 @@ class StatisticsFile:
         entry = self.entries.get(name)
         if entry is None:
             return None
-        return ModelStatistics(self.refs[entry.array], entry, self.about)
+        return ModelStatistics(self.refs[entry.array], entry, self.about, self.kind)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ class ModelStatistics:
     ref: TensorRef
     entry: StatisticsEntry
     about: Mapping[str, Any]
+    kind: str
+
+    def shape_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the statistics of a tensor of this shape."""
+        if self.kind == "fisher":
+            return shape
+        width = shape[0 if self.entry.input_first else -1] if shape else 1
+        return width, width
 
     def span(self, start: int, size: int, like: Any) -> Any:
         """Elements [start, start + size) of the flat array, float32.
@@ -160,6 +168,20 @@ class CalibrationStatistics:
     def digests(self) -> tuple[str, ...]:
         return tuple(file.digest for file in self.files)
 
+    def misfit(self, operands: Sequence[Any], recipe_indexes: Sequence[int]) -> str:
+        """What is wrong with the statistics of one output tensor; empty where they fit.
+
+        Args:
+            operands, recipe_indexes: as for `of`.
+        """
+        models = self.of(operands, recipe_indexes).models
+        for tensor, index, model in zip(operands, recipe_indexes, models, strict=True):
+            if model is None or (shape := model.shape_for(tensor.shape)) == model.ref.shape:
+                continue
+            where = self.files[index].path.name
+            return f"{where} has statistics of {list(model.ref.shape)}, and not {list(shape)}"
+        return ""
+
     def of(self, operands: Sequence[Any], recipe_indexes: Sequence[int]) -> TensorStatistics:
         """The statistics of one output tensor.
 
@@ -204,6 +226,25 @@ def open_statistics(path: Path) -> StatisticsFile:
         hint = "Remove it: the same command makes it again."
         raise CorruptFileError(str(error), file=str(path), hint=hint) from None
     return StatisticsFile(path, str(kind), str(digest), about, entries, refs, digests)
+
+
+def open_statistics_files(paths: Sequence[Path], kind: str) -> CalibrationStatistics:
+    """Those of each source of a recipe, in its order; headers alone are read.
+
+    Raises:
+        CorruptFileError: a file is missing, not whole, or holds statistics of another kind.
+    """
+    files = []
+    for path in paths:
+        if not path.is_file():
+            hint = "A folder of statistics has one file for each model, in the recipe's order."
+            raise CorruptFileError("is missing", file=str(path), hint=hint)
+        file = open_statistics(path)
+        if file.kind != kind:
+            message = f"has statistics of the kind '{file.kind}', and not '{kind}'"
+            raise CorruptFileError(message, file=str(path))
+        files.append(file)
+    return CalibrationStatistics(tuple(files))
 
 
 def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> StatisticsEntry:

@@ -12,7 +12,7 @@ from merge_cli.engine.journal import Journal, work_key
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.output import OutputWorkspace, clear_companions, open_journal
-from merge_cli.errors import Interrupted, SourceError
+from merge_cli.errors import CorruptFileError, Interrupted, SourceError
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.equal_tensors import compare
@@ -170,4 +170,9 @@ def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
             hint = "Restore it, or remove `inputs` from the recipe."
             raise SourceError(message, model=source.label, hint=hint)
         fingerprints.append(fingerprint)
+    if plan.recipe.statistics_folder is not None and plan.calibrated is not None:
+        for file in plan.calibrated.files:
+            if not file.is_whole():
+                message = "is not what was gathered: its bytes are not those that its header tells"
+                raise CorruptFileError(message, file=str(file.path), hint="Restore it.")
     return tuple(fingerprints)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_cli.checkpoint.coefficients import CoefficientFile
+from merge_cli.checkpoint.statistics import CalibrationStatistics
 from merge_cli.checkpoint.tensors import TensorMap
 from merge_cli.methods.method import Method
 from merge_cli.planning.equal_tensors import Copies, Integers
@@ -40,6 +41,7 @@ class Draft:
         matches: which tensors make which output tensor.
         tasks: every output tensor, in natural order of names.
         coefficients: the recipe's file of learned coefficients.
+        calibrated: the recipe's folder of gathered statistics.
         stacked: the slices whose layers config.json counts.
         origins: where each of their layers comes from.
         config: the output's config.json.
@@ -59,6 +61,7 @@ class Draft:
     matches: TensorMatches = field(default_factory=TensorMatches)
     tasks: tuple[TensorTask, ...] = ()
     coefficients: CoefficientFile | None = None
+    calibrated: CalibrationStatistics | None = None
     stacked: tuple[OutputSlice, ...] = ()
     origins: Origins | None = None
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -46,6 +46,9 @@ def check_recipe(recipe: Recipe) -> Checked:
         method = method.resolve_variant(recipe) or method
     problems: list[Problem] = []
     warnings: list[str] = []
+    if recipe.statistics_folder is not None and not method.gathers:
+        message, hint = f"{name} merges with no gathered statistics.", "Use regmean or fisher."
+        problems.append(recipe.problem("statistics", message, hint))
     for preparation in preparations():
         problems += preparation.check(recipe, method)
         warnings += preparation.warnings(recipe, method)

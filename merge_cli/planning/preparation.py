@@ -40,7 +40,8 @@ class Prepared:
         plan: of the resolved recipe.
         record: sections of merge_report.json, by key.
         attachments: files that belong into OUT, by name.
-        folders: models that belong into OUT, by name; the plan reads them where they are.
+        folders: that belong into OUT, by name: models, statistics. The plan reads them where
+            they are.
         report: OUT's, where nothing is left to do in this process: a process that was killed has
             published it already, or (empty) another process of the same run publishes it.
         discard: throws the workspace away; called when OUT is published.

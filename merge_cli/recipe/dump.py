@@ -31,6 +31,7 @@ def dump_recipe(
     defaults: Mapping[str, Any],
     inputs: Mapping[str, str],
     coefficients: str | None = None,
+    statistics: str | None = None,
     header: str = "",
     data: Callable[[str], str] | None = None,
     kind: str = "",
@@ -43,6 +44,7 @@ def dump_recipe(
         inputs: model, as `locate` writes it -> digest.
         coefficients: how the file of learned coefficients is written; the data that they were
             learned from is then not needed, and is left out.
+        statistics: how the folder of gathered statistics is written; likewise.
         header: a comment for the first line.
         data: how a data file is written; None leaves the models' data out.
         kind: of the statistics that are gathered from them, if any are.
@@ -86,7 +88,9 @@ def dump_recipe(
         document["methods"] = list(recipe.methods)
     if recipe.training:
         document["training"] = plain_training(recipe.training)
-    if recipe.statistics and kind:
+    if statistics:
+        document["statistics"] = statistics
+    elif recipe.statistics and kind:
         document["statistics"] = plain_statistics(recipe.statistics, kind)
     if coefficients:
         document["coefficients"] = coefficients
@@ -171,8 +175,17 @@ def _tokenizer(spec: TokenizerSpec, folder: Path, locate: Locate) -> dict[str, A
 def data_from(target: Path, folder: Path) -> Callable[[str], str]:
     """Writes data files for a recipe in `target`, as `path_from` writes local models."""
 
+    return _relative(target, lambda word: local_file(word, folder))
+
+
+def folder_from(target: Path, folder: Path) -> Callable[[str], str]:
+    """Writes folders of statistics for a recipe in `target`."""
+    return _relative(target, lambda word: local_folder(word, folder))
+
+
+def _relative(target: Path, find: Callable[[str], Path | None]) -> Callable[[str], str]:
     def locate(word: str) -> str:
-        local_path = local_file(word, folder)
+        local_path = find(word)
         if local_path is None:
             return word
         return os.path.relpath(os.path.realpath(local_path), os.path.realpath(target))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merge_cli.recipe.reference import local_file, local_folder
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.statistics import statistics_file
 
 
 def named_files(recipe: Recipe) -> list[Path]:
@@ -28,6 +29,9 @@ def _words(recipe: Recipe) -> Iterator[str]:
             yield from (*spec.data.files, *spec.data.held_out)
     if recipe.coefficients is not None:
         yield recipe.coefficients
+    if recipe.statistics_folder is not None:
+        for number in range(len(recipe.models)):
+            yield f"{recipe.statistics_folder}/{statistics_file(number)}"
     if recipe.search is not None:
         yield recipe.search.start
     for _, word in _texts(recipe):

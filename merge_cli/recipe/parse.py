@@ -24,7 +24,7 @@ from merge_cli.recipe.schema import Engine, Recipe
 from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sections import PASSED_BY, Key, Section
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
-from merge_cli.recipe.statistics import STATISTICS
+from merge_cli.recipe.statistics import StatisticsForm
 from merge_cli.recipe.sweep import SWEEP, SweepForm
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec
 from merge_cli.recipe.training import Training, contradictions
@@ -115,7 +115,10 @@ RECIPE = Section(
         "name": Key(Text(), "the name by which other documents of the file use the result"),
         "metadata": Key(PlainMapping(), "anything, kept in the resolved recipe"),
         "training": Key(TRAINING, "how coefficients are learned (dam)"),
-        "statistics": Key(STATISTICS, "how examples are measured first (regmean, fisher)"),
+        "statistics": Key(
+            StatisticsForm(),
+            "how examples are measured first (regmean, fisher), or a folder of what was measured",
+        ),
         "coefficients": Key(Text(), "a file of learned coefficients to merge with"),
         "inputs": Key(
             PlainMapping(), "in a resolved recipe: the models' fingerprints, which must match"
@@ -164,6 +167,8 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
             node = root.value["tokenizer_source"]
             reader.refuse(node, "tokenizer_source", message, "Leave one of them out.")
         values["tokenizer"] = TokenizerSpec(source) if source else None
+    if isinstance(values.get("statistics"), str):
+        values["statistics_folder"] = values.pop("statistics")
     if "search" in root.value:
         values.setdefault("search", Search())  # so that nobody says that the section is missing
     if "training" in values:

@@ -84,6 +84,7 @@ class Recipe:
         out_dtype: wins over `dtype`; or codes of few bits, of the matrices of layers alone.
         training: how coefficients are learned; None leaves it to the method's defaults.
         statistics: how sources are looked at first; None leaves it to the defaults.
+        statistics_folder: the folder of what was gathered before, as written.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
         chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the tokenizer's.
         coefficients: the file of learned coefficients that the method merges with, as written.
@@ -118,6 +119,7 @@ class Recipe:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     training: Training | None = None
     statistics: Statistics | None = None
+    statistics_folder: str | None = None
     coefficients: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     eval: Node | None = None

@@ -1,13 +1,21 @@
-"""The `statistics:` section of a recipe whose method looks at examples first."""
+"""`statistics:` of a recipe whose method looks at examples first.
+
+A mapping says how they are looked at; a text names the folder of what has been gathered before.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from merge_cli.recipe.forms import Text, any_of
+from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reader import Form, Reader, Schema
 from merge_cli.recipe.sections import option, section_of
 
 Kind = Literal["gram", "fisher"]
+FOLDER = "statistics"  # of a result that brings its own
+ORIGIN = "gathered_from"  # under `metadata:` of a resolved recipe: of each source, what and how
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,11 @@ class Statistics:
     targets: Literal["data", "sampled"] = option(
         "data", "labels: the data's own, or drawn from the model's predictions"
     )
+
+
+def statistics_file(number: int) -> str:
+    """A model's file in a folder of statistics, by its place in the recipe, from 0 on."""
+    return f"{number + 1}.safetensors"
 
 
 # What only one kind of statistics is made with.
@@ -55,3 +68,14 @@ def plain_statistics(statistics: Statistics, kind: str) -> dict[str, Any]:
 
 
 STATISTICS = section_of(Statistics, null=True)
+
+
+class StatisticsForm(Form):
+    """A `Statistics`, or a text: a folder."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        form = Text() if isinstance(node.value, str) else STATISTICS
+        return form.read(node, key, reader)
+
+    def schema(self) -> Schema:
+        return any_of(Text().schema(), STATISTICS.schema())

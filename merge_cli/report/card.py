@@ -43,13 +43,16 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
     labels = [source.label for source in plan.sources]
     names = dict(zip(labels, short_labels(labels), strict=True))
     public = public_name(recipe.folder, names)
+    folder = recipe.statistics_folder
+    needs_data = plan.calibrated is not None and folder is None
     text = dump_recipe(
         recipe,
         locate=stages.named(public),
         defaults=defaults,
         inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
-        data=(lambda word: Path(word).name) if plan.calibrated is not None else None,
+        statistics=f"./{Path(folder).name}" if folder else None,
+        data=(lambda word: Path(word).name) if needs_data else None,
         kind=plan.method.gathers,
     )
     text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])

@@ -19,10 +19,11 @@ from typing import Any
 from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.errors import RecipeError
 from merge_cli.methods.registry import get_method
-from merge_cli.recipe.dump import Locate, data_from, dump_recipe, path_from
+from merge_cli.recipe.dump import Locate, data_from, dump_recipe, folder_from, path_from
 from merge_cli.recipe.load import read_recipe
 from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference, stage_folder
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.statistics import FOLDER
 from merge_cli.report.numbers import duration, size
 from merge_cli.report.page import Section, Table, code, listing, section
 from merge_cli.system.raw_io import write_error
@@ -33,7 +34,7 @@ class Stages:
 
     Args:
         folders: of the stages' results, by name, in the order of the stages.
-        kept: models that belong into the result's folder, by their names there.
+        kept: folders that belong into the result's, by their names there: models, statistics.
 
     Attributes:
         names: of the stages.
@@ -64,6 +65,11 @@ class Stages:
         names = {str(folder): f"./{name}" for name, folder in self._kept.items()}
         return names.get(label, label)
 
+    def kept_folder(self, word: str, recipe_folder: Path, target: Path) -> str:
+        """How a recipe in `target` names a folder of statistics, as another one names it."""
+        name = self.kept_name(word)
+        return folder_from(target, recipe_folder)(word) if name == word else name
+
     def documents(self, target: Path | None) -> list[str]:
         """Each stage's resolved recipe as YAML.
 
@@ -78,6 +84,9 @@ class Stages:
             locate = self._where_kept(folder, locate)
             learned = f"./stages/{stage_folder(name)}/{FILE}" if recipe.coefficients else None
             fingerprints = recipe.inputs if target else {}
+            statistics = recipe.statistics_folder
+            if statistics is not None:
+                statistics = self._where_statistics(name, recipe, target)
             inputs = {locate(parse_reference(k, folder)): v for k, v in fingerprints.items()}
             texts.append(
                 dump_recipe(
@@ -86,6 +95,7 @@ class Stages:
                     defaults={},
                     inputs=inputs,
                     coefficients=learned,
+                    statistics=statistics,
                     data=data_from(target, folder) if target else lambda word: Path(word).name,
                     kind=get_method(recipe.merge_method).gathers,
                 )
@@ -93,10 +103,17 @@ class Stages:
         return texts
 
     def _kept_of_stages(self) -> Iterator[tuple[str, Path]]:
-        """The models that stages keep in their folders: where they lie in the result's, and now."""
+        """Models and statistics in the stages' folders: where in the result's, and where now."""
         for name, result in self._folders.items():
-            for config in sorted(result.glob("*/config.json")):
-                yield f"stages/{stage_folder(name)}/{config.parent.name}", config.parent
+            for marker in sorted((*result.glob("*/config.json"), *result.glob(f"{FOLDER}/1.*"))):
+                yield f"stages/{stage_folder(name)}/{marker.parent.name}", marker.parent
+
+    def _where_statistics(self, name: str, recipe: Recipe, target: Path | None) -> str:
+        """How the result's recipe names a stage's folder of statistics."""
+        word = str(recipe.statistics_folder)
+        if (self._folders[name] / word).resolve() == (self._folders[name] / FOLDER).resolve():
+            return f"./stages/{stage_folder(name)}/{FOLDER}"
+        return folder_from(target, recipe.folder)(word) if target else Path(word).name
 
     def _where_kept(self, recipe_folder: Path, locate: Locate) -> Locate:
         """`locate`, except that models that stages keep are named as they lie in the result."""

@@ -54,7 +54,7 @@ def write_reports(
         target: where the folder will be published: the recipe's paths lead from there.
         record: sections on what this run has prepared, if anything (`Prepared.record`).
         attachments: other files that belong to the merge, by name.
-        folders: models that belong to it, by name (`Prepared.folders`): copied.
+        folders: that belong to it, by name (`Prepared.folders`): copied.
         stages: the folders of what other documents of the recipe have made for it, by name.
         card: whether to write README.md.
 
@@ -116,13 +116,16 @@ def resolved_recipe(
     if recipe.base_model and plan.method.averages_base and plan.base not in plan.operands:
         defaults.pop("weight", None)  # written for all models, it would weigh the base, too
     inputs = {locate(model): fingerprints_by_label[str(model)] for model in recipe.references}
+    folder = recipe.statistics_folder
+    needs_data = plan.calibrated is not None and folder is None
     document = dump_recipe(
         recipe,
         locate=locate,
         defaults=defaults,
         inputs={name: digest for name, digest in inputs.items() if name not in made.names},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
-        data=data_from(target, recipe.folder) if plan.calibrated is not None else None,
+        statistics=made.kept_folder(folder, recipe.folder, target) if folder else None,
+        data=data_from(target, recipe.folder) if needs_data else None,
         kind=plan.method.gathers,
     )
     header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,6 +161,31 @@ def test_the_resolved_recipe_gives_the_same_bytes(
     resolved = tmp_path / "out" / "merge_recipe.yaml"
     merged_by = {"search": "task_arithmetic"}.get(method, method)
     assert yaml.safe_load(resolved.read_text())["merge_method"] == merged_by
+    assert (tmp_path / "out" / "statistics").exists() == (method in ("fisher", "regmean"))
+    # No data, no cache, and both folders elsewhere.
+    assert "data" not in resolved.read_text().partition("metadata:")[0]
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "empty"))
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "out", moved)
+    shutil.rmtree(tmp_path / "out")
+    merge_cli.merge(moved / "merge_recipe.yaml", tmp_path / "again", options=OPTIONS)
+    assert weights(tmp_path / "again") == weights(moved)
+
+
+def test_a_stage_that_chose_statistics_brings_them(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring("fisher"))
+    monkeypatch.setattr("merge_cli.auto.verdict._FINALISTS", 1)
+    first = yaml.safe_load(write_recipe(models, "stage.yaml", methods=["fisher"]).read_text())
+    second = {"merge_method": "soup", "models": ["best", "base"]}
+    recipe = models / "two.yaml"
+    recipe.write_text(yaml.safe_dump_all([{**first, "name": "best"}, second]))
+    merge_cli.merge(recipe, tmp_path / "out", options=OPTIONS)
+    resolved = tmp_path / "out" / "merge_recipe.yaml"
+    documents = list(yaml.safe_load_all(resolved.read_text()))
+    assert documents[0]["statistics"] == "./stages/best/statistics"
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "empty"))
     merge_cli.merge(resolved, tmp_path / "again", options=OPTIONS)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
 

@@ -176,6 +176,7 @@ MISTAKES: dict[str, list[str]] = {
         "parameters: {lambda: many}",
     ],
     DAM: [
+        "statistics: kept",
         "training: 3",
         "training: {presett: dam}",
         "training: {preset: damm}",
@@ -210,6 +211,8 @@ MISTAKES: dict[str, list[str]] = {
     ],
     REGMEAN: [
         "statistics: 3",
+        "statistics: ''",
+        "statistics: [kept]",
         "statistics: {exampels: 3}",
         "statistics: {examples: 0}",
         "statistics: {examples: many}",
@@ -328,6 +331,7 @@ RIGHT: dict[str, list[str]] = {
         "training: {preset: dam, top_k: full, tokens: null, learning_rate: 1e-3}",
         "training: {granularity: {mlp: row, '*': tensor}, loss: {kl: 1, entropy: 0.1}}",
         "training: {granularity: element, loss: mse, regularize: l2, train: linear, start: 0.3}",
+        "statistics: {examples: 96, max_length: 128, batch_tokens: 64, targets: sampled}",
         "training: {regularize: null, clip_norm: 1, train: [mlp, attn]}",
     ],
     "merge_method: dam\n": [
@@ -335,7 +339,10 @@ RIGHT: dict[str, list[str]] = {
         "models: [{model: a, data: {files: x.jsonl, held_out: [x.jsonl]}}]",
         "models: [{model: a, data: {dataset: org/d, config: en, split: train, revision: v1}}]",
     ],
-    REGMEAN: ["statistics: {examples: null, max_length: 64, dtype: bfloat16, rounds: 2}"],
+    REGMEAN: [
+        "statistics: {examples: null, max_length: 64, dtype: bfloat16, rounds: 2}",
+        "statistics: .",
+    ],
     SEARCH: [
         f"search: {{{RANGE}, layer_groups: [1, 2], smooth: true, filters: mlp, population: null}}",
         f"search: {{{RANGE}, fidelity: [0.25, 0.5], keep: 0.3, start: softmax, temperature: 2}}",
