@@ -16,7 +16,7 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, ResourceError, SourceError
-from merge_cli.formats.pickled import PICKLES
+from merge_cli.formats.endings import PICKLES
 from merge_cli.hub import models as hub
 from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference

@@ -28,8 +28,8 @@ from merge_cli.conversion.streamed import convert_streamed, is_streamed
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import Interrupted, UsageError
+from merge_cli.formats.endings import GGUF
 from merge_cli.options import MergeOptions, OnProgress, ignore_progress
-from merge_cli.sources.gguf import SUFFIX
 from merge_cli.sources.storage import INDEX
 from merge_cli.system.libraries import library_version, missing
 from merge_cli.system.raw_io import write_error
@@ -87,7 +87,7 @@ def convert(
         ResourceError: the disk is full, memory ran out, another process writes to OUT; no torch.
         Interrupted: the same call resumes.
     """
-    if out.suffix == SUFFIX:
+    if out.suffix == GGUF:
         if config or fresh:
             flag = "--config" if config else "--fresh"
             raise UsageError(f"{flag} is not for writing a GGUF file", where=str(out))

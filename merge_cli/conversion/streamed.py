@@ -18,7 +18,7 @@ from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.engine.merge import execute
 from merge_cli.errors import MismatchError, Problem, UsageError
-from merge_cli.formats.dcp.metadata import METADATA
+from merge_cli.formats.dcp.files import METADATA
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan

@@ -7,39 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.formats.awq import AWQ
-from merge_cli.formats.bitsandbytes import BITSANDBYTES
-from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.encoding import Encoding
-from merge_cli.formats.fp8 import FP8
-from merge_cli.formats.gptq import GPTQ
-from merge_cli.formats.hqq import HQQ
-from merge_cli.formats.mlx import MLX
-from merge_cli.formats.mxfp4 import MXFP4
-from merge_cli.formats.nvfp4 import NVFP4
 from merge_cli.formats.storage_format import (
     DecodedModel,
-    StorageFormat,
     WritableFormat,
+    dtypes_of,
     quant_method,
     quantization_of,
+    says_quantised,
 )
 from merge_cli.formats.stored_parts import reject_codes
 
-# Formats that can be read, in the order in which they are tried: those with scales in fp8 before
-# fp8 itself. A new one is a line here.
-FORMATS: tuple[StorageFormat, ...] = (
-    COMPRESSED_TENSORS,
-    NVFP4,
-    FP8,
-    MXFP4,
-    GPTQ,
-    AWQ,
-    BITSANDBYTES,
-    HQQ,
-    MLX,
-)
-
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 # What to do about those that cannot.
 ADVICE = {
     "gguf": "Merge the model that the GGUF file was made of, and convert the result.",
@@ -56,6 +35,11 @@ def read_as_numbers(
         CorruptFileError: scales that do not fit their weight, or that are not there.
         SourceError: a variant of a format that is not read, or codes that the config does not name.
     """
+    # Codes are integers or fp8: most models have none, and then no format is loaded.
+    if dtypes_of(tensors) <= _FLOATS and not says_quantised(config):
+        return DecodedModel(tensors, dict(config))
+    from merge_cli.formats.known import FORMATS
+
     for storage_format in FORMATS:
         if storage_format.detect(tensors, config):
             decoded = storage_format.decode(tensors, config, label)
@@ -69,6 +53,8 @@ def read_as_numbers(
 
 def encoding_for(word: str, dtype: str, config: Mapping[str, Any]) -> Encoding:
     """How weights are stored for a word of `out_dtype:`; see `WritableFormat`."""
+    from merge_cli.formats.known import FORMATS
+
     offered = (
         storage_format.encoding(word, dtype, config)
         for storage_format in FORMATS

@@ -28,7 +28,6 @@ from merge_cli.formats.torch_files import (
 )
 from merge_cli.system.untrusted import CONTROL, Unreadable
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Keys under which training programs save the model, beside optimizers and counters.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 # What wrappers of modules put before the names: DDP, torch.compile, FSDP.

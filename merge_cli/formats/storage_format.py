@@ -44,6 +44,12 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     return config.get(QUANTIZATION) or text_config(config).get(QUANTIZATION)
 
 
+def says_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether a config has any word on quantisation, itself or in its text part."""
+    parts = (config, text_config(config))
+    return any(part.get(key) for part in parts for key in (QUANTIZATION, *_OTHER_KEYS))
+
+
 def quant_method(config: Mapping[str, Any]) -> str:
     """The quantisation's name in lower case; empty without one."""
     quantization = quantization_of(config)

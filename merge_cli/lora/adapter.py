@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.auxiliary_files import CARD
 from merge_cli.checkpoint.dtypes import MERGEABLE
@@ -21,8 +21,10 @@ from merge_cli.errors import SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
 from merge_cli.recipe.reference import ModelRef, hub_id, is_address, local_folder
-from merge_cli.remote.models import RemoteModel, open_remote
 from merge_cli.system.paths import require_text
+
+if TYPE_CHECKING:
+    from merge_cli.remote.models import RemoteModel
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -81,6 +83,8 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         HubError: a repository that cannot be reached.
     """
     if is_address(path):
+        from merge_cli.remote.models import open_remote
+
         remote = open_remote(path)
         return replace(_open_elsewhere(remote, label), remote=remote)
     root = local_folder(path, folder)

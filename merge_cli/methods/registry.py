@@ -144,7 +144,10 @@ def get_method(name: str) -> Method:
     Raises:
         UsageError: there is none; names the nearest.
     """
-    _load()
+    if name in _BUILT_IN:
+        _load_one(name)  # most recipes need one module of ours, and no plugin
+    if name not in _METHODS:
+        _load()
     if name not in _METHODS:
         raise UsageError(f"unknown merge method '{name}'.", hint=nearest(name, _METHODS))
     return _METHODS[name]
@@ -178,7 +181,12 @@ def all_methods() -> list[Method]:
 def _load_built_in() -> None:
     """None of ours imports torch to be imported."""
     for module in _BUILT_IN:
-        import_module(f"merge_cli.methods.{module}")
+        _load_one(module)
+
+
+@cache
+def _load_one(module: str) -> None:
+    import_module(f"merge_cli.methods.{module}")
 
 
 @cache

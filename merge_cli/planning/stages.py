@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from merge_cli.checkpoint.components import inside
 from merge_cli.checkpoint.headers import TensorRef, parse_header
 from merge_cli.errors import HubError, RecipeError
-from merge_cli.planning.adapters import plan_adapters
 from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, make_plan
@@ -33,6 +32,8 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
         as `make_plan` does, for any of the documents.
     """
     if recipe.output is not None:
+        from merge_cli.planning.adapters import plan_adapters  # which few recipes need
+
         return plan_adapters(recipe)
     if recipe.sweep:
         return plan_sweep(recipe, shard_size=shard_size)

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from merge_cli.checkpoint.auxiliary_files import COMPANION_NAMES
 from merge_cli.errors import CorruptFileError, RemoteError
-from merge_cli.formats.dcp.metadata import METADATA, parse_metadata
-from merge_cli.formats.dcp.names import NAMES
+from merge_cli.formats.dcp.files import METADATA, NAMES
+from merge_cli.formats.dcp.metadata import parse_metadata
 from merge_cli.remote.filesystem import (
     AbsentError,
     DeniedError,

@@ -19,7 +19,6 @@ from merge_cli.formats.gguf.model import decode
 from merge_cli.formats.gguf.tokenizer import end_tokens, tokenizer_files
 from merge_cli.sources.linked import FileModel, write_files
 
-SUFFIX = ".gguf"
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")  # a licence or a language
 
 

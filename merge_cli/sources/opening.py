@@ -13,15 +13,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import HubError, SourceError
+from merge_cli.formats.endings import GGUF
 from merge_cli.hub import models as hub
-from merge_cli.lora.adapter import Adapter, open_adapter
-from merge_cli.lora.application import apply_adapter
-from merge_cli.lora.base_note import base_note
-from merge_cli.lora.heads import changed_config
 from merge_cli.recipe.reference import (
     HUB,
     ModelRef,
@@ -32,8 +30,6 @@ from merge_cli.recipe.reference import (
     is_revision,
     local_folder,
 )
-from merge_cli.remote.models import RemoteModel, open_remote, open_remote_file
-from merge_cli.sources.gguf import SUFFIX as GGUF
 from merge_cli.sources.single_file import (
     CONFIG,
     is_all_weights,
@@ -57,6 +53,9 @@ from merge_cli.sources.stored_model import (
 from merge_cli.system.paths import require_text
 from merge_cli.system.untrusted import read_mapping
 
+if TYPE_CHECKING:
+    from merge_cli.remote.models import RemoteModel
+
 
 def open_source(model: ModelRef, folder: Path) -> Source:
     """Find a model and read its headers.
@@ -71,10 +70,10 @@ def open_source(model: ModelRef, folder: Path) -> Source:
     """
     label = str(model)
     if model.lora:
+        from merge_cli.sources.adapted import with_adapter  # which few recipes need
+
         base = open_source(ModelRef(model.path, model.revision), folder)
-        return _with_adapter(
-            base, open_adapter(model.lora, model.lora_revision, folder, label), label
-        )
+        return with_adapter(base, model, folder)
     path = local_folder(model.path, folder)
     if path is not None:
         require_text(path)
@@ -104,6 +103,8 @@ def open_source(model: ModelRef, folder: Path) -> Source:
 
 
 def _open_address(address: str, label: str) -> Source:
+    from merge_cli.remote.models import open_remote, open_remote_file
+
     if is_weights(address):
         return _open_repository(*open_remote_file(address), label)
     return _open_repository(open_remote(address), "", label)
@@ -123,28 +124,6 @@ def open_tokenizer(model: ModelRef, folder: Path) -> Source:
     storage = LocalFolder(path)
     config = read_mapping(path / CONFIG, str(model)) if CONFIG in storage.names else {}
     return Source(str(model), path, config, {}, {})
-
-
-def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
-    applied = apply_adapter(
-        base.tensors,
-        adapter.config,
-        adapter.tensors,
-        label=label,
-        fingerprint=adapter.fingerprint,
-        base=base.config,
-        root=base.root,
-    )
-    other = base_note(adapter.config, base.label.partition("@")[0])
-    notes = (*base.notes, *applied.notes, *([other] if other else []))
-    return replace(
-        base,
-        label=label,
-        tensors=applied.tensors,
-        adapter=adapter,
-        config=changed_config(base.config, applied.changes),
-        notes=notes,
-    )
 
 
 def _looked_for(path: str, folder: Path) -> str:
@@ -236,5 +215,4 @@ def _with_repository(source: Source, repository: Repository) -> Source:
     notes = (repository.note, *source.notes) if repository.note else source.notes
     if isinstance(repository, hub.HubModel):
         return replace(source, hub=repository, notes=notes)
-    assert isinstance(repository, RemoteModel)
-    return replace(source, remote=repository, notes=notes)
+    return replace(source, remote=cast("RemoteModel", repository), notes=notes)

@@ -18,10 +18,7 @@ from merge_cli.checkpoint.headers import parse_header, read_raw_header
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.detect import read_as_numbers
-from merge_cli.formats.gguf.header import parse_header as parse_gguf
-from merge_cli.formats.pickled import PICKLES, open_pickle
-from merge_cli.sources.gguf import SUFFIX as GGUF
-from merge_cli.sources.gguf import lay_out_gguf
+from merge_cli.formats.endings import GGUF, PICKLES
 from merge_cli.sources.linked import FileModel, link_folder, linked_folder
 from merge_cli.sources.storage import INDEX, LocalFolder, ShardIndex, find_shards, read_index
 from merge_cli.system.untrusted import Unreadable, open_regular, read_mapping
@@ -104,7 +101,11 @@ def open_stored_file(repository: Repository, name: str, label: str) -> FileModel
 
 def _opened(file: BinaryIO, size: int, opened: _File) -> FileModel:
     name, label = opened.path.name, opened.label
+    # Few models are such files: their readers are loaded where one is.
     if name.endswith(GGUF):
+        from merge_cli.formats.gguf.header import parse_header as parse_gguf
+        from merge_cli.sources.gguf import lay_out_gguf
+
         header = parse_gguf(file, size, name, label)
         return lay_out_gguf(header, opened.root, opened.name, label)
     notes = [] if opened.config is not None else [NO_CONFIG]
@@ -113,6 +114,8 @@ def _opened(file: BinaryIO, size: int, opened: _File) -> FileModel:
         raw = read_raw_header(file, name, label)
         tensors = parse_header(raw, opened.path, size, label)
     else:
+        from merge_cli.formats.pickled import open_pickle
+
         pickled = open_pickle(file, size, label, opened.path)
         tensors = dict(pickled.tensors)
         if pickled.left_out:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.components import (
     PIPELINE,
@@ -24,10 +24,12 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import WEIGHTS, Adapter
-from merge_cli.remote.models import RemoteModel
 from merge_cli.sources.single_file import (
     SAFETENSORS,
 )
+
+if TYPE_CHECKING:
+    from merge_cli.remote.models import RemoteModel
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from merge_cli.checkpoint.headers import TensorRef, header_columns, read_header_
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.checkpoint.stored_tensors import StoredTensors
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.pickled import PICKLES
+from merge_cli.formats.endings import PICKLES
 from merge_cli.system.untrusted import Unreadable, kind_of, parse_json, read_json
 
 

@@ -6,19 +6,14 @@ Where they are was found before: opening.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from merge_cli.checkpoint.components import (
     names_in,
     part_folders,
 )
 from merge_cli.checkpoint.repository import Repository
-from merge_cli.errors import CorruptFileError
-from merge_cli.formats.dcp.metadata import METADATA
-from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
-from merge_cli.formats.dcp.names import MEGATRON, NAMES, Rule, parse_rules, renamed
-from merge_cli.formats.dcp.storage import OpenFile
+from merge_cli.formats.dcp.files import is_checkpoint
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.sources.linked import FileModel
 from merge_cli.sources.single_file import (
@@ -31,10 +26,7 @@ from merge_cli.sources.storage import (
     ModelStorage,
     read_headers,
 )
-from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
-from merge_cli.system.untrusted_yaml import read_front
-
-_PART_BLOCK = 2**14  # bytes that are fetched of a part elsewhere, at least
+from merge_cli.system.untrusted import read_mapping
 
 
 def model_of(storage: ModelStorage, label: str, repository: Repository | None = None) -> Source:
@@ -49,7 +41,9 @@ def model_of(storage: ModelStorage, label: str, repository: Repository | None = 
     """
     names = storage.names
     if is_checkpoint(names) and not any(name.endswith(SAFETENSORS) for name in names):
-        return _of_checkpoint(storage, label, repository)
+        from merge_cli.sources.distributed import model_of_checkpoint  # which few models need
+
+        return model_of_checkpoint(storage, label, repository)
     return model_of_shards(storage, label)
 
 
@@ -66,48 +60,6 @@ def model_of_file(model: FileModel, label: str) -> Source:
         quantization=model.decoded.quantization,
         left_out=model.decoded.left_out,
     )
-
-
-def _of_checkpoint(folder: ModelStorage, label: str, repository: Repository | None) -> Source:
-    """A distributed checkpoint."""
-    open_file = None
-    if repository is not None:
-        repository.fetch([name for name in (METADATA, NAMES) if name in folder.names])
-        open_file = _opener(repository)
-    config = read_mapping(folder.root / CONFIG, label) if CONFIG in folder.names else {}
-    model = open_checkpoint(folder.root, label, open_file)
-    tensors, more = dict(model.tensors), []
-    if NAMES in folder.names:
-        tensors = renamed(tensors, _rules(folder.root / NAMES, label), config, label)
-    elif any(name.startswith(MEGATRON) for name in tensors):
-        more = [f"its names are Megatron's: {NAMES} beside it says what they become"]
-    left_out = f"; {len(model.left_out)} others are left out" if model.left_out else ""
-    notes = [
-        f"a distributed checkpoint; {len(model.tensors)} tensors of the model are read{left_out}",
-        "" if config else NO_CONFIG,
-    ]
-    headers = dict.fromkeys(model.files, b"")  # such files have none: `.metadata` has said it all
-    return Source(
-        label, folder.root, config, tensors, headers, notes=tuple(filter(None, [*notes, *more]))
-    )
-
-
-def _opener(repository: Repository) -> OpenFile:
-    """Opens parts where they are. Of each some hundred bytes at both ends are read."""
-
-    def opened(name: str) -> tuple[BinaryIO, int]:
-        if name not in repository.files:
-            raise Unreadable("is missing: `.metadata` names it")
-        return repository.open(name, _PART_BLOCK), repository.files[name]
-
-    return opened
-
-
-def _rules(path: Path, label: str) -> list[Rule]:
-    try:
-        return parse_rules(read_front(read_text(path)))
-    except Unreadable as error:
-        raise CorruptFileError(str(error), model=label, file=path.name) from None
 
 
 def model_of_shards(storage: ModelStorage, label: str) -> Source:

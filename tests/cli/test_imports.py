@@ -62,3 +62,10 @@ def test_a_plain_merge_imports_what_is_listed(family: Family, tmp_path: Path) ->
     assert {path[0] for path in inside} & ABSENT == set()
     rooms = {path for path in inside if path[0] in IDLE and len(path) > 1}
     assert {path[1] for path in rooms} <= SAYS_SO, rooms
+    # What few recipes need: other formats, adapters, other methods.
+    assert {path[1] for path in inside if path[0] == "formats" and len(path) > 1} <= {
+        "dcp", "detect", "encoding", "endings", "packed", "storage_format", "stored_matrix",
+        "stored_parts",
+    }  # fmt: skip
+    assert {("lora", "application"), ("remote", "models")} & inside == set()
+    assert {("methods", "slerp"), ("methods", "dam")} & inside == set()

@@ -23,7 +23,7 @@ from merge_cli.checkpoint.dtypes import torch_dtype
 from merge_cli.checkpoint.tensors import Tensor, reading
 from merge_cli.conversion.run import convert
 from merge_cli.errors import CorruptFileError, MergeCliError, MismatchError, SourceError, UsageError
-from merge_cli.formats.dcp.metadata import METADATA
+from merge_cli.formats.dcp.files import METADATA
 from merge_cli.formats.dcp.model import model_names, open_checkpoint
 from merge_cli.formats.inert import load_inert
 from merge_cli.options import MergeOptions

@@ -185,18 +185,26 @@ def test_measures(size: int) -> None:
 def test_a_kernel_without_a_place_for_its_cache_is_compiled_anyway(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import numba
+    def nowhere(*_: Any) -> None:
+        raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
 
-    real = numba.njit
-
-    def njit(signature: Any, *, cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
-        return real(signature, **options)
-
-    monkeypatch.setattr(numba, "njit", njit)
+    monkeypatch.setattr("numba.core.caching.FunctionCache.__init__", nowhere)
     kernel = compiled.Kernel(lambda x: x[0] + 1, "f8(f8[::1])", False)
     assert kernel(np.array([2.0])) == 3.0
+
+
+def test_an_argument_of_another_type_is_refused_by_what_was_loaded() -> None:
+    """As by what was compiled here: nothing takes one layout for another."""
+    counts, found = np.ones((8, 2), np.int64), np.empty(8, np.int64)
+    indexes = np.empty(8, np.int32)
+    compiled.not_empty.load()  # kept, from now on
+    loaded = compiled.Kernel(
+        compiled.not_empty._function, compiled.not_empty._signature, compiled.not_empty._fastmath
+    )
+    assert loaded._kept() is not None
+    with pytest.raises(TypeError, match="No matching definition"):
+        loaded(counts[:, 0], indexes, found)
+    assert loaded(counts[:, 0].copy(), indexes, found) == 8
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])

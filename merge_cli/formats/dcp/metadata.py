@@ -18,7 +18,6 @@ from merge_cli.checkpoint.dtypes import SAFETENSORS_NAMES
 from merge_cli.formats.inert import Record, load_inert, name_of
 from merge_cli.system.untrusted import CONTROL, Unreadable, whole_number
 
-METADATA = ".metadata"  # the file's name
 _MODULE = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
     _MODULE: (

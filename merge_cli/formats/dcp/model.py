@@ -14,7 +14,8 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.dcp.metadata import METADATA, Part, StoredTensor, parse_metadata
+from merge_cli.formats.dcp.files import METADATA
+from merge_cli.formats.dcp.metadata import Part, StoredTensor, parse_metadata
 from merge_cli.formats.dcp.storage import Files, OpenFile, on_disk
 from merge_cli.system.untrusted import Unreadable, read_bytes
 
@@ -244,9 +245,3 @@ def _wraps(wrapper: str, names: Iterable[str]) -> bool:
     if not inner or len(inner) != len(list(names)):
         return False
     return wrapper != "model" or any(_WHOLE_MODEL.match(name) or _is_state(name) for name in inner)
-
-
-def is_checkpoint(names: Iterable[str]) -> bool:
-    """Whether a folder with these files is a distributed checkpoint."""
-    listed = set(names)
-    return METADATA in listed and any(name.endswith(".distcp") for name in listed)

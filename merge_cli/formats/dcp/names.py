@@ -28,10 +28,10 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import SourceError
+from merge_cli.formats.dcp.files import NAMES
 from merge_cli.formats.dcp.model import ShardedTensor
 from merge_cli.system.untrusted import Unreadable
 
-NAMES = "names.yaml"
 MEGATRON = "decoder.layers."  # what its names begin with
 _LAYER = "{layer}"
 _MAX_LAYERS = 100_000

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from merge_cli.kernels.compiled.parts import OPTIONS, AddressCall, linked
+from merge_cli.kernels.compiled.parts import OPTIONS, AddressCall, linked, named
 from merge_cli.system.notices import say_once
 
 CHUNK = 2048  # float32: a few rows of it stay in the L1 cache
@@ -64,30 +64,55 @@ class Kernel:
         return self._address
 
     def load(self) -> Callable[..., Any]:
-        """Compile, or load what an earlier process has compiled."""
-        import numba
-
-        from merge_cli.kernels.compiled.numba_import import load_registries
-
+        """Load what an earlier process has compiled, or compile."""
         with self._lock:
             if self._compiled is None:
-                load_registries()
-                options = OPTIONS | {"fastmath": self._fastmath}
-                function = linked(self._function)
-                try:
-                    with _saying_so():
-                        compiled = numba.njit(self._signature, cache=True, **options)(function)
-                except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                    if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
-                        raise
-                    # No folder can be written, or what is in it cannot be read: compile each time.
-                    say_once(_UNKEPT)
-                    compiled = numba.njit(self._signature, **options)(function)
+                compiled = self._kept() or self._made()
                 result = next(iter(compiled.overloads.values()))
                 name = result.fndesc.llvm_func_name
                 self._address = result.library.get_pointer_to_function(name)
                 self._compiled = compiled
             return self._compiled
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return OPTIONS | {"fastmath": self._fastmath}
+
+    def _kept(self) -> Any:
+        """What is on disk; None where nothing is, or nothing that can be read."""
+        from merge_cli.kernels.compiled.numba_cache import load_kept
+
+        listed = [self._signature] if isinstance(self._signature, str) else self._signature
+        try:
+            return load_kept(named(self._function), listed, self._options)
+        except _UNREADABLE as error:
+            _refuse_other(error)
+            return None
+
+    def _made(self) -> Any:
+        """Compiled, and kept where there is a folder that can be written."""
+        import numba
+
+        from merge_cli.kernels.compiled.numba_cache import load_registries
+
+        load_registries()
+        function = linked(self._function)
+        with _saying_so():
+            try:
+                return numba.njit(self._signature, cache=True, **self._options)(function)
+            except _UNREADABLE as error:
+                _refuse_other(error)
+                say_once(_UNKEPT)
+                return numba.njit(self._signature, **self._options)(function)
+
+
+_UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+
+
+def _refuse_other(error: Exception) -> None:
+    """Raise what is not about the folder: no place to write, or a file that cannot be read."""
+    if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
+        raise error
 
 
 @contextmanager

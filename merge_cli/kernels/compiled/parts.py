@@ -7,7 +7,7 @@ library, or calls of another kernel.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -208,16 +208,23 @@ def _digest(function: Callable[..., Any]) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
+def named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the digest of its parts in its name: what numba keeps it under."""
+    return _renamed(function, {}) if _parts(function) else function
+
+
 def linked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its parts as numba wants them, and their digest in its name."""
+    """The same with its parts as numba wants them, to be compiled."""
     parts = _parts(function)
-    if not parts:
-        return function
-    names = function.__globals__ | {name: part.compiled for name, part in parts.items()}
-    linked = FunctionType(function.__code__, names, function.__name__)
-    linked.__qualname__ = f"{function.__qualname__}_{_digest(function)}"
-    linked.__module__ = function.__module__
-    return linked
+    compiled = {name: part.compiled for name, part in parts.items()}
+    return _renamed(function, compiled) if parts else function
+
+
+def _renamed(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
+    result = FunctionType(function.__code__, function.__globals__ | dict(names), function.__name__)
+    result.__qualname__ = f"{function.__qualname__}_{_digest(function)}"
+    result.__module__ = function.__module__
+    return result
 
 
 def part(*, fastmath: Any = False) -> Callable[[Callable[..., Any]], Part]:
