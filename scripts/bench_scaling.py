@@ -112,7 +112,7 @@ def around_unlocked_calls(around: Around) -> Iterator[None]:
 def _kernels() -> list[Kernel]:
     from merge_cli.kernels import compiled
 
-    return [value for value in vars(compiled).values() if isinstance(value, Kernel)]
+    return [v for n in compiled.__all__ if isinstance(v := getattr(compiled, n), Kernel)]
 
 
 def merge_once(recipe: Path, out: Path, threads: int) -> tuple[float, dict[str, Any]]:

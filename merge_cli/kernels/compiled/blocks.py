@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, U32, kernel
-from merge_cli.kernels.compiled.parts import bits_of, float_of, part
+from merge_cli.kernels.compiled.parts import bits_of, float_of, new_f32, new_u8, part
 
 _U8 = np.uint8
 _LOWER, _SIX = _U8(15), _U8(63)
@@ -110,7 +110,7 @@ def q4_1(raw, out):
 @kernel(_BLOCKS)
 def q5_0(raw, out):
     """Scale, the fifth bits, 16 bytes of codes."""
-    codes, flat, all_numbers = np.empty(32, np.uint8), raw.reshape(-1), out.reshape(-1)
+    codes, flat, all_numbers = new_u8(32), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
         scale, numbers = half_at(raw[b], 0), all_numbers[32 * b : 32 * b + 32]
         nibbles_tile(flat[22 * b + 6 : 22 * b + 22], codes)
@@ -122,7 +122,7 @@ def q5_0(raw, out):
 @kernel(_BLOCKS)
 def q5_1(raw, out):
     """Scale and least number, the fifth bits, 16 bytes of codes."""
-    codes, flat, all_numbers = np.empty(32, np.uint8), raw.reshape(-1), out.reshape(-1)
+    codes, flat, all_numbers = new_u8(32), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
         scale, least = half_at(raw[b], 0), half_at(raw[b], 2)
         nibbles_tile(flat[24 * b + 8 : 24 * b + 24], codes)
@@ -134,8 +134,8 @@ def q5_1(raw, out):
 @kernel(_BLOCKS)
 def q2_k(raw, out):
     """Scales and least numbers of 4 bits, codes of 2 bits, two floats for those."""
-    scales, leasts = np.empty(256, np.float32), np.empty(256, np.float32)
-    codes, flat, all_numbers = np.empty(256, np.uint8), raw.reshape(-1), out.reshape(-1)
+    scales, leasts = new_f32(256), new_f32(256)
+    codes, flat, all_numbers = new_u8(256), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
         at, scale, least = 84 * b, half_at(raw[b], 80), half_at(raw[b], 82)
         for p in range(16):
@@ -152,7 +152,7 @@ def q2_k(raw, out):
 @kernel(_BLOCKS)
 def q3_k(raw, out):
     """The third bits, codes of 2 bits, 16 scales of 6 bits, a float for those."""
-    codes, scales = np.empty(256, np.uint8), np.empty(256, np.float32)
+    codes, scales = new_u8(256), new_f32(256)
     flat, all_numbers = raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
         at, scale = 110 * b, half_at(raw[b], 108)
@@ -224,8 +224,8 @@ def q5_k(raw, out):
 @kernel(_BLOCKS)
 def q6_k(raw, out):
     """The lower four bits of the codes, the upper two, 16 signed scales, a float for those."""
-    codes, upper = np.empty(256, np.uint8), np.empty(128, np.uint8)
-    scales, flat, all_numbers = np.empty(256, np.float32), raw.reshape(-1), out.reshape(-1)
+    codes, upper = new_u8(256), new_u8(128)
+    scales, flat, all_numbers = new_f32(256), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
         at, scale = 210 * b, half_at(raw[b], 208)
         for p in range(16):

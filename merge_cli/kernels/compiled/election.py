@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.kernel import kernel
+from merge_cli.kernels.compiled.parts import new_f32
 from merge_cli.kernels.compiled.tiles import TILE, elect_tile
 
 
@@ -15,7 +14,7 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
     `least_divisor` is 0 where there is none.
     """
     size = rows.shape[1]
-    elected, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    elected, divisor = new_f32(TILE), new_f32(TILE)
     for begin in range(0, size, TILE):
         total = out[begin : begin + TILE]
         elect_tile(

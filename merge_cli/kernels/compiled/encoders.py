@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, INFINITY, MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import as_words, bits_of, float_of, part
+from merge_cli.kernels.compiled.parts import as_words, bits_of, float_of, new_f32, new_u8, part
 
 _SIGN = np.int32(-(2**31))
 _ROUND = F32(12582912.0)  # 1.5 * 2^23: adding it leaves whole numbers, nearest, ties to even
@@ -36,8 +36,8 @@ def encode_blocks(rows, tall, wide, scales, codes, fraction, bias, largest, infi
         infinite: the code of Inf.
         nan_from: bits of |value| from which on it becomes NaN, 0x7F.
     """
-    quotient = np.empty(CHUNK, np.float32)
-    shifted = np.empty(CHUNK, np.float32)
+    quotient = new_f32(CHUNK)
+    shifted = new_f32(CHUNK)
     quotient_bits, shifted_bits = as_words(quotient), as_words(shifted)
     columns = rows.shape[1]
     shift, odd_bit = U32(23 - fraction), U32(1)
@@ -104,8 +104,8 @@ def encode_e2m1(values, scales, codes):
     """The E2M1 numbers nearest to value / scale of the group, two in a byte."""
     count, size = values.shape
     batch = max(1, CHUNK // size)  # groups; short ones would end every loop at once
-    quotient = np.empty(batch * size, np.float32)
-    single = np.empty(batch * size, np.uint8)
+    quotient = new_f32(batch * size)
+    single = new_u8(batch * size)
     flat, out = values.reshape(-1), codes.reshape(-1)
     for first in range(0, count, batch):
         here = min(batch, count - first)
@@ -138,8 +138,8 @@ def encode_int4(values, scales, zeros, codes):
     """value / scale + zero of the group as a whole number from -8 on, two in a byte."""
     count, size = values.shape
     batch = max(1, CHUNK // size)
-    moved = np.empty(batch * size, np.float32)
-    single = np.empty(batch * size, np.uint8)
+    moved = new_f32(batch * size)
+    single = new_u8(batch * size)
     moved_bits = as_words(moved)
     flat, out = values.reshape(-1), codes.reshape(-1)
     for first in range(0, count, batch):

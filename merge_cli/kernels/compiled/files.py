@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.parts import CFunction, part
+from merge_cli.kernels.compiled.parts import CFunction, new_i64, part
 from merge_cli.kernels.compiled.tiles import FLOAT32
 
 # The columns of `inputs`: an open file, the byte at which a tensor begins, how it is encoded.
@@ -77,7 +77,7 @@ def layout(inputs, size, starts, kinds):
 @part()
 def load_block(inputs, begin, length, buffer, starts, kinds, clock, spent):
     """Read elements [begin, begin + length) of every input; whether that was possible."""
-    time = np.empty(2, np.int64)
+    time = new_i64(2)
     began = seconds_by(clock, time)
     for i in range(len(inputs)):
         size = length * width_of(kinds[i])

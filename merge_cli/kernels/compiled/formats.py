@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.kernel import INFINITY, kernel
-from merge_cli.kernels.compiled.parts import as_bytes
+from merge_cli.kernels.compiled.parts import as_bytes, new_f32
 from merge_cli.kernels.compiled.tile_measures import largest_key_tile
 from merge_cli.kernels.compiled.tiles import BF16, F16, TILE, decode_tile, encode_tile, load_tile
 
@@ -54,7 +52,7 @@ def encode_bf16(values, raw):
 @kernel("boolean(f4[::1], u2[::1])")
 def encode_f16(values, raw):
     """float32 to float16 bits, to nearest, ties to even; NaN becomes 0x7E00; whether any is Inf."""
-    shifted = np.empty(TILE, np.float32)
+    shifted = new_f32(TILE)
     fits = True
     for begin in range(0, len(values), TILE):
         stored = as_bytes(raw[begin : begin + TILE])

@@ -8,9 +8,8 @@ float16 cannot hold. In either case `out` is not to be used before the plain way
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+from merge_cli.kernels.compiled.parts import new_f32, new_f32_rows
 from merge_cli.kernels.compiled.tiles import (
     BF16,
     TILE,
@@ -47,8 +46,8 @@ def merge_linear(
     seen = 0
     # Where only a sum is in the cache, there is room for more of it.
     tile = TILE if based or len(masks) else 4 * TILE
-    base, row = np.empty(tile, np.float32), np.empty(tile, np.float32)
-    total = np.empty(tile, np.float32)
+    base, row = new_f32(tile), new_f32(tile)
+    total = new_f32(tile)
     first = 1 if based else 0
     for begin in range(0, size, tile):
         length = min(tile, size - begin)
@@ -110,9 +109,9 @@ def merge_disjoint(
     """
     seen = 0
     sources = len(weights)
-    base, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    rows = np.empty((sources, TILE), np.float32)
-    elected, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    base, total = new_f32(TILE), new_f32(TILE)
+    rows = new_f32_rows(sources, TILE)
+    elected, divisor = new_f32(TILE), new_f32(TILE)
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)
         minus, mixed = base[:length], total[:length]

@@ -97,13 +97,13 @@ class Kernel:
 
         load_registries()
         function = linked(self._function)
-        with _saying_so():
-            try:
+        try:
+            with _saying_so():
                 return numba.njit(self._signature, cache=True, **self._options)(function)
-            except _UNREADABLE as error:
-                _refuse_other(error)
-                say_once(_UNKEPT)
-                return numba.njit(self._signature, **self._options)(function)
+        except _UNREADABLE as error:
+            _refuse_other(error)
+            say_once(_UNKEPT)
+            return numba.njit(self._signature, **self._options)(function)
 
 
 _UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import as_words
+from merge_cli.kernels.compiled.parts import as_words, new_u32
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
@@ -19,7 +17,7 @@ from merge_cli.kernels.compiled.tiles import TILE
 def count_range(values, low, high, shift, counts):
     """Count keys (bits of |x|) in [low, high] by (key - low) >> shift; how many are above?"""
     above = 0
-    offsets, inside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    offsets, inside = new_u32(TILE), new_u32(TILE)
     for begin in range(0, len(values), TILE):
         row = values[begin : begin + TILE]
         above += count_range_tile(row, low, high, shift, offsets, inside, counts)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
+from merge_cli.kernels.compiled.parts import new_i32, new_i32_rows
 from merge_cli.kernels.compiled.tile_measures import relate_tile
 from merge_cli.kernels.compiled.tiles import TILE
 
@@ -51,8 +50,8 @@ def count_signs(rows, both, agree):
         elements on which some row is positive and another negative.
     """
     sources, size = rows.shape
-    signs = np.empty((sources, TILE), np.int32)
-    least, most = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    signs = new_i32_rows(sources, TILE)
+    least, most = new_i32(TILE), new_i32(TILE)
     conflict = 0
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)

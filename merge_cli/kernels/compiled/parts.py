@@ -125,6 +125,64 @@ class View(Part):
         return self._target
 
 
+class New(Part):
+    """A new array, of which nothing is set, like `np.empty`: that is compiled for each type anew,
+    for a tenth of a second, and imports what numba can do with arrays when it is loaded.
+
+    Args:
+        item: numba's name of the type of elements.
+        dimensions: how many sizes it takes.
+    """
+
+    def __init__(self, item: str, dimensions: int = 1) -> None:
+        self._item, self._dimensions = item, dimensions
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba import types
+        from numba.core.imputils import impl_ret_new_ref
+        from numba.extending import intrinsic
+        from numba.np.arrayobj import make_array, populate_array
+
+        array = types.Array(getattr(types, self._item), self._dimensions, "C")
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sizes = [
+                context.cast(builder, size, kind, types.intp)
+                for size, kind in zip(arguments, signature.args, strict=True)
+            ]
+            width = context.get_constant(types.intp, array.dtype.bitwidth // 8)
+            strides = [width]
+            for size in reversed(sizes):
+                strides.insert(0, builder.mul(strides[0], size))
+            align = context.get_preferred_array_alignment(array.dtype)
+            memory = context.nrt.meminfo_alloc_aligned(builder, size=strides[0], align=align)
+            made = make_array(array)(context, builder)
+            data = context.nrt.meminfo_data(builder, memory)
+            populate_array(
+                made,
+                data=builder.bitcast(data, made.data.type),
+                shape=sizes,
+                strides=strides[1:],
+                itemsize=width,
+                meminfo=memory,
+            )
+            return impl_ret_new_ref(context, builder, array, made._getvalue())
+
+        def row(typing_context: Any, size: Any) -> Any:
+            return array(size), generate
+
+        def rows(typing_context: Any, count: Any, size: Any) -> Any:
+            return array(count, size), generate
+
+        compiled: Callable[..., Any] = intrinsic(row if self._dimensions == 1 else rows)
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return f"{self._item} {self._dimensions}"
+
+
 class CFunction(Part):
     """A function of the C library, called without Python's lock.
 
@@ -233,4 +291,8 @@ def part(*, fastmath: Any = False) -> Callable[[Callable[..., Any]], Part]:
 
 bits_of = BitCast("float32", "uint32")
 float_of = BitCast("uint32", "float32")
+new_f32, new_f32_rows, new_f64_rows = New("float32"), New("float32", 2), New("float64", 2)
+new_u8, new_u8_rows = New("uint8"), New("uint8", 2)
+new_u32, new_u32_rows, new_f64 = New("uint32"), New("uint32", 2), New("float64")
+new_i32, new_i32_rows, new_i64 = New("int32"), New("int32", 2), New("int64")
 as_bytes, as_halves, as_words = View("uint8"), View("uint16"), View("uint32")

@@ -5,10 +5,16 @@ Inputs lie as `fused` says. See `kernels.passes`, and `kernels.fused.measure`.
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import as_words
+from merge_cli.kernels.compiled.parts import (
+    as_words,
+    new_f32,
+    new_f32_rows,
+    new_f64_rows,
+    new_i32,
+    new_i32_rows,
+    new_u32,
+)
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,
@@ -56,10 +62,10 @@ def measure_stored(
     """
     first = 1 if based else 0
     sources = len(starts) - first
-    base = np.empty(TILE, np.float32)
-    rows = np.empty((sources, TILE), np.float32)
-    signs = np.empty((sources, TILE), np.int32)
-    least, most = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    base = new_f32(TILE)
+    rows = new_f32_rows(sources, TILE)
+    signs = new_i32_rows(sources, TILE)
+    least, most = new_i32(TILE), new_i32(TILE)
     for at in range(begin, end, TILE):
         length = min(TILE, end - at)
         minus = base[:length]
@@ -109,8 +115,8 @@ def count_stored(
         counts: the histogram of each range.
     """
     first = 1 if based else 0
-    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    offsets, inside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    base, row = new_f32(TILE), new_f32(TILE)
+    offsets, inside = new_u32(TILE), new_u32(TILE)
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)
         minus, values = base[:length], row[:length]
@@ -144,7 +150,7 @@ def find_stored(stored, starts, kinds, size, based, operands, keys, ordinals, at
         how many are still looked for.
     """
     first = 1 if based else 0
-    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    base, row = new_f32(TILE), new_f32(TILE)
     left = 0
     for n in range(len(ordinals)):
         left += 1 if ordinals[n] else 0
@@ -179,7 +185,7 @@ def find_stored(stored, starts, kinds, size, based, operands, keys, ordinals, at
 def keys_stored(stored, starts, kinds, size, based, keys, column):
     """The keys of every source, or task vector: into keys[s, column : column + size]."""
     first = 1 if based else 0
-    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    base, row = new_f32(TILE), new_f32(TILE)
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)
         minus, values = base[:length], row[:length]
@@ -203,9 +209,9 @@ def dot_stored(stored, starts, kinds, size, based, run, sums):
     """
     first = 1 if based else 0
     sources = len(starts) - first
-    base = np.empty(TILE, np.float32)
-    rows = np.empty((sources, TILE), np.float32)
-    accumulators = np.empty((len(sums), 64))
+    base = new_f32(TILE)
+    rows = new_f32_rows(sources, TILE)
+    accumulators = new_f64_rows(len(sums), 64)
     for r in range(sums.shape[1]):
         end = min((r + 1) * run, size)
         accumulators[:] = 0.0

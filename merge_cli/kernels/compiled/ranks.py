@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import as_words, part
+from merge_cli.kernels.compiled.parts import (
+    as_words,
+    new_f32,
+    new_f32_rows,
+    new_i32,
+    new_i64,
+    new_u8,
+    new_u32,
+    part,
+)
 from merge_cli.kernels.compiled.tile_measures import count_equal_tile
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 
@@ -53,7 +62,7 @@ def move_range(row, low, high, moved):
     Returns:
         how many keys are larger, and how many are moved.
     """
-    keys, inside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint8)
+    keys, inside = new_u32(TILE), new_u8(TILE)
     eights = inside.view(np.uint64)
     above, count, span = 0, 0, U32(high - low)
     for begin in range(0, len(row), TILE):
@@ -127,8 +136,8 @@ def rank_row(row, k, left_over, counts):
 @kernel("void(f4[:, ::1], i8[::1], i8[::1], i8[::1])")
 def kth_largest(rows, ks, keys, last_kept):
     """`rank_row` of each row."""
-    left_over = np.empty(rows.shape[1] + 1, np.uint32)
-    counts = np.empty(_BINS, np.int32)
+    left_over = new_u32(rows.shape[1] + 1)
+    counts = new_i32(_BINS)
     for s in range(len(rows)):
         keys[s], last_kept[s] = rank_row(rows[s], ks[s], left_over, counts)
 
@@ -146,8 +155,8 @@ def rank_stored(address, stored, starts, kinds, size, based, ks, rules, ties):
         ks: 0 where there is a cut already.
         rules, ties: as `merge_disjoint` takes them, filled.
     """
-    base, row = np.empty(size, np.float32), np.empty((1, size), np.float32)
-    key, last = np.empty(1, np.int64), np.empty(1, np.int64)
+    base, row = new_f32(size), new_f32_rows(1, size)
+    key, last = new_i64(1), new_i64(1)
     first = 1 if based else 0
     for i in range(len(starts)):
         s = i - first

@@ -7,7 +7,15 @@ import numpy as np
 from merge_cli.kernels.compiled.files import layout, load_block
 from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.measures import gram
-from merge_cli.kernels.compiled.parts import as_words
+from merge_cli.kernels.compiled.parts import (
+    as_words,
+    new_f32,
+    new_f32_rows,
+    new_i64,
+    new_u8,
+    new_u8_rows,
+    new_u32,
+)
 from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 
@@ -30,9 +38,9 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
         contest: elements that two sources change or more, and those of them in conflict.
     """
     sources, size = len(rows) - 1, rows.shape[1]
-    facts = np.empty((sources, CHUNK), np.uint8)
-    once, twice = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint8)
-    step = np.empty(CHUNK, np.uint32)
+    facts = new_u8_rows(sources, CHUNK)
+    once, twice = new_u8(CHUNK), new_u8(CHUNK)
+    step = new_u32(CHUNK)
     for begin in range(0, size, CHUNK):
         length = min(begin + CHUNK, size) - begin
         stored = as_words(rows[0, begin : begin + length])
@@ -139,9 +147,9 @@ def relate_streams(
         did. Of one that stops, the sums are of no use.
     """
     operands = inputs.shape[1]
-    starts, kinds = np.empty(operands, np.int64), np.empty(operands, np.int64)
-    counts, keys = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.int64)
-    last, least = np.empty(operands - 1, np.int64), np.empty(operands - 1, np.uint32)
+    starts, kinds = new_i64(operands), new_i64(operands)
+    counts, keys = new_i64(operands - 1), new_i64(operands - 1)
+    last, least = new_i64(operands - 1), new_u32(operands - 1)
     for j in range(first, len(spans)):
         relations = both[j], agree[j], equal[j], large[j], steps[j], contest[j]
         least[:] = thresholds[j]
@@ -152,7 +160,7 @@ def relate_streams(
                 return j
             piece = size if ranks[j] else _PIECE
             for at in range(0, size, piece):
-                rows, is_finite = np.empty((operands, min(piece, size - at)), np.float32), True
+                rows, is_finite = new_f32_rows(operands, min(piece, size - at)), True
                 for tile in range(0, rows.shape[1], TILE):
                     length = min(TILE, rows.shape[1] - tile)
                     base = rows[0, tile : tile + length]
@@ -188,8 +196,8 @@ def read_sample(buffer, inputs, firsts, length, columns, changes, clock, spent):
         whether all could be read.
     """
     operands = len(inputs)
-    starts, kinds = np.empty(operands, np.int64), np.empty(operands, np.int64)
-    base, row = np.empty(length, np.float32), np.empty(length, np.float32)
+    starts, kinds = new_i64(operands), new_i64(operands)
+    base, row = new_f32(length), new_f32(length)
     layout(inputs, length, starts, kinds)
     for r in range(len(firsts)):
         if not load_block(inputs, firsts[r], length, buffer, starts, kinds, clock, spent):

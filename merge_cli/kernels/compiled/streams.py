@@ -10,8 +10,6 @@ Its first column then says at which element, and Python does that block in the p
 
 from __future__ import annotations
 
-import numpy as np
-
 from merge_cli.kernels.compiled.files import (
     layout,
     load_block,
@@ -21,7 +19,7 @@ from merge_cli.kernels.compiled.files import (
 )
 from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
 from merge_cli.kernels.compiled.kernel import U32, kernel
-from merge_cli.kernels.compiled.parts import as_bytes, part
+from merge_cli.kernels.compiled.parts import as_bytes, new_f32, new_i64, part
 from merge_cli.kernels.compiled.passes import (
     count_stored,
     dot_stored,
@@ -117,10 +115,10 @@ def merge_streams(
     Returns:
         the job that stopped; their number if none did.
     """
-    time = np.empty(2, np.int64)
+    time = new_i64(2)
     operands = inputs.shape[1]
-    starts, kinds = np.empty(operands, np.int64), np.empty(operands, np.int64)
-    run_starts, ties_here = np.empty(operands, np.int64), np.empty(ties.shape[1], np.int64)
+    starts, kinds = new_i64(operands), new_i64(operands)
+    run_starts, ties_here = new_i64(operands), new_i64(ties.shape[1])
     for j in range(first_job, len(jobs)):
         job = jobs[j]
         stop, drops, kind, period = job[STOP], job[DROPS], job[TARGET_KIND], job[PERIOD]
@@ -162,7 +160,7 @@ def merge_streams(
                 for i in range(operands):
                     run_starts[i] = starts[i] + (at - begin) * width_of(kinds[i])
                 move_ties(ties[j], at, here)
-                merged = np.empty(size, np.float32)
+                merged = new_f32(size)
                 if based:  # what it is compared with is not rounded
                     part_stored = buffer, run_starts, kinds, size
                     raw = as_bytes(merged)
@@ -213,7 +211,7 @@ def count_stream(
     spent,
 ):
     """`count_stored`, which has this address, of elements [begin, stop); where it stopped."""
-    starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
+    starts, kinds = new_i64(len(inputs)), new_i64(len(inputs))
     layout(inputs, min(block, stop - begin), starts, kinds)
     while begin < stop:
         size = min(block, stop - begin)
@@ -249,7 +247,7 @@ def find_stream(
 
     That is `stop` when all are found. Indexes are counted from element `origin` on.
     """
-    starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
+    starts, kinds = new_i64(len(inputs)), new_i64(len(inputs))
     layout(inputs, min(block, stop - begin), starts, kinds)
     while begin < stop:
         size = min(block, stop - begin)
@@ -269,7 +267,7 @@ def sample_stream(address, buffer, based, inputs, size, step, run, keys, clock, 
     Returns:
         how many elements there are; -1 where they cannot be read.
     """
-    starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
+    starts, kinds = new_i64(len(inputs)), new_i64(len(inputs))
     layout(inputs, run, starts, kinds)
     column = 0
     for begin in range(0, size, step):
@@ -288,7 +286,7 @@ def dot_stream(address, buffer, block, based, inputs, begin, stop, run, sums, cl
     Args:
         sums: for each block the products of every pair over every run.
     """
-    starts, kinds = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.int64)
+    starts, kinds = new_i64(len(inputs)), new_i64(len(inputs))
     layout(inputs, min(block, stop - begin), starts, kinds)
     for n in range(len(sums)):
         size = min(block, stop - begin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CHUNK, kernel
+from merge_cli.kernels.compiled.parts import new_f64
 
 _ACCUMULATORS = 64
 _COLUMNS = 512  # of a product of thin matrices, at once
@@ -37,7 +38,7 @@ def add_scaled(base, scale, values):
 @kernel("void(f4[::1], f4[::1], i8, f8[::1])")
 def dot_runs(a, b, run, sums):
     """sums[r] = sum of a * b over run r in float64; the accumulators are added in order."""
-    accumulators = np.empty(_ACCUMULATORS)
+    accumulators = new_f64(_ACCUMULATORS)
     for r in range(len(sums)):
         x, y = a[r * run : (r + 1) * run], b[r * run : (r + 1) * run]
         accumulators[:] = 0.0
@@ -56,7 +57,7 @@ def dot_runs(a, b, run, sums):
 @kernel("void(f4[::1], i8, f8[::1])")
 def absolute_runs(a, run, sums):
     """sums[r] = sum of |a| over run r in float64; the accumulators are added in order."""
-    accumulators = np.empty(_ACCUMULATORS)
+    accumulators = new_f64(_ACCUMULATORS)
     for r in range(len(sums)):
         x = a[r * run : (r + 1) * run]
         accumulators[:] = 0.0

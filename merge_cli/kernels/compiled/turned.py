@@ -10,7 +10,15 @@ import numpy as np
 
 from merge_cli.kernels.compiled.codes import spread_tile
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
-from merge_cli.kernels.compiled.parts import as_bytes, float_of, part
+from merge_cli.kernels.compiled.parts import (
+    as_bytes,
+    float_of,
+    new_f32,
+    new_u8,
+    new_u8_rows,
+    new_u32_rows,
+    part,
+)
 
 _LINES, _WORDS, _COLUMNS = 16, 128, 256  # 16 words are a line of the cache
 _U8 = np.uint8
@@ -51,8 +59,8 @@ def turned_words(stored, stride, height, bits, zeros, scales, group, begin, out)
     """
     per_word = 32 // bits
     width, rows = height * per_word, len(scales)
-    turned = np.empty((_LINES, _WORDS), np.uint32)
-    codes = np.empty(_WORDS * 16, np.uint8)
+    turned = new_u32_rows(_LINES, _WORDS)
+    codes = new_u8(_WORDS * 16)
     for first in range(0, rows, _LINES):
         columns = min(_LINES, rows - first)
         for line in range(0, height, _WORDS):
@@ -75,8 +83,8 @@ def turned_eights(stored, stride, width, shifts, zeros, scales, group, skip, beg
         stored: `width` lines of words, `stride` words from the beginning of one to the next.
     """
     rows = len(scales)
-    turned = np.empty((_LINES, _WORDS), np.uint32)
-    codes, flat = np.empty(_WORDS, np.uint8), turned.reshape(-1)
+    turned = new_u32_rows(_LINES, _WORDS)
+    codes, flat = new_u8(_WORDS), turned.reshape(-1)
     eights = (skip + rows + 7) // 8
     for first in range(0, eights, _LINES):
         columns = min(_LINES, eights - first)
@@ -134,8 +142,8 @@ def turned_fp4(stored, stride, width, height, exponents, group, first, count, be
         stored: `width` lines of `height` bytes, `stride` from the beginning of one to the next.
         exponents: of the groups of rows that rows [first, first + count) lie in.
     """
-    turned = np.empty((_LINES, _COLUMNS), np.uint8)
-    powers = np.empty(_COLUMNS, np.float32)
+    turned = new_u8_rows(_LINES, _COLUMNS)
+    powers = new_f32(_COLUMNS)
     for column in range(0, width, _COLUMNS):
         columns = min(_COLUMNS, width - column)
         number = -1
