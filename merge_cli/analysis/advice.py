@@ -168,8 +168,8 @@ def _measured_here(sources: int, norm: float) -> str:
             "the average: try smaller ones."
         )
     return (
-        "On this project's small models the plain average of unlike experts came out as well as "
-        "anything whose settings were chosen."
+        "On this project's small models a scale that was chosen on held-out text, often 0.1 to "
+        "0.2, was as good as the average of unlike experts or better."
     )
 
 

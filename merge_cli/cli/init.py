@@ -63,7 +63,7 @@ def init(
         bool,
         switch(
             "--schema/--no-schema",
-            "Put the schema of recipes beside it, for completion in editors.",
+            "Put the schema of recipes beside it, for completion in editors, or not.",
         ),
     ] = True,
     quiet: QuietOption = False,
