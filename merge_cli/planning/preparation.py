@@ -9,6 +9,7 @@ folder of its own, with its checks, its panel and its report; nothing outside as
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_cli.methods.method import Method
+from merge_cli.options import Progress
 from merge_cli.system.libraries import require
 
 if TYPE_CHECKING:
@@ -185,6 +187,8 @@ def prepare(
         Others as `Preparation.run` does.
     """
     for preparation in preparations_of(plan):
+        if "torch" not in sys.modules:  # seconds, in which nothing else would be said
+            on_progress(Progress("prepare", 0, 0, "loading torch and transformers"))
         for library in ("torch", "transformers"):
             require(library, plan.recipe.merge_method)
         return preparation.run(
