@@ -295,7 +295,15 @@ def _merge_document(
             write_reports(plan, prints, stats, folder, at, **about, card=options.model_card)
         )
 
-    execute(prepared.plan, target, options, on_progress=on_progress, finish=explain, run=run)
+    execute(
+        prepared.plan,
+        target,
+        options,
+        on_progress=on_progress,
+        finish=explain,
+        beside=prepared.size,
+        run=run,
+    )
     prepared.discard()
     # Empty: a process that was killed before it could say so has published it.
     return report or read_report(target)

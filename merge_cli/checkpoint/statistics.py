@@ -247,6 +247,17 @@ def open_statistics_files(paths: Sequence[Path], kind: str) -> CalibrationStatis
     return CalibrationStatistics(tuple(files))
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file is one of statistics, whole or not: by what its header says of itself."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            start = file.read(min(length, 1 << 16))
+    except OSError:
+        return False
+    return f'"format": "{FORMAT}"'.encode() in start
+
+
 def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> StatisticsEntry:
     fits = isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
     if not fits or entry[0] not in refs:

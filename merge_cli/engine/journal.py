@@ -15,14 +15,21 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_fingerprint
+from merge_cli.checkpoint.fingerprint import (
+    file_fingerprint,
+    folder_fingerprints,
+    sampled_fingerprint,
+)
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.planning.plan import Plan
-from merge_cli.recipe.reference import local_file
+from merge_cli.planning.preparation import preparations_of
+from merge_cli.recipe.named_files import named_files
+from merge_cli.recipe.schema import Recipe
 from merge_cli.system.libraries import library_version
 from merge_cli.system.records import Entry, Records
 
@@ -95,8 +102,8 @@ def work_key(plan: Plan, *context: object) -> str:
         state.update(plan.coefficients.digest.encode())
     if plan.calibrated is not None:
         state.update(repr(plan.calibrated.digests).encode())
-    elif plan.method.preparation == "calibration":  # a stage: its statistics will follow from this
-        state.update(_examples(plan))
+    elif preparations_of(plan):  # a stage: what it will be made with follows from this
+        state.update(_prepared_by(plan.recipe))
     made = {
         source.root: (source.label, work_key(plan.stages[source.label], *context))
         for source in plan.sources
@@ -142,17 +149,21 @@ def work_key(plan: Plan, *context: object) -> str:
     return state.hexdigest()
 
 
-def _examples(plan: Plan) -> bytes:
-    """What statistics are gathered from, besides the models."""
-    recipe, fingerprints = plan.recipe, []
-    for spec in recipe.source_specs:
-        for name in spec.data.files if spec.data else ():
-            path = local_file(name, recipe.folder)
-            content = path.read_bytes() if path is not None else b""
-            fingerprints.append(hashlib.sha256(content).hexdigest())
-    return repr(
-        (recipe.statistics, [spec.data for spec in recipe.source_specs], fingerprints)
-    ).encode()
+def _prepared_by(recipe: Recipe) -> bytes:
+    """What a preparation goes by besides models: its sections, and the files that they name."""
+    sections: list[Any] = [recipe.training, recipe.statistics, recipe.search, recipe.budget]
+    sections += [recipe.methods, recipe.objective and recipe.objective.plain()]
+    sections += [(str(spec.model), spec.data) for spec in recipe.source_specs]
+    contents = [
+        (path.name, file_fingerprint(path) if path.is_file() else _folder_content(path))
+        for path in named_files(replace(recipe, file="", stages=(), eval=None))
+    ]
+    return repr((recipe.merge_method, sections, sorted(map(repr, contents)))).encode()
+
+
+def _folder_content(root: Path) -> list[str]:
+    """A model that a recipe names, to teach or to judge."""
+    return sorted(sampled_fingerprint(path) for path in folder_fingerprints(root))
 
 
 def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_cli.checkpoint.auxiliary_files import is_companion, is_weight
+from merge_cli.checkpoint.auxiliary_files import is_weight
 from merge_cli.checkpoint.coefficients import FILE
-from merge_cli.checkpoint.components import PIPELINE
 from merge_cli.checkpoint.layout import Shard
 from merge_cli.engine.journal import Journal
+from merge_cli.engine.model_folder import refuse_foreign
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.system.machine import show_size
 from merge_cli.system.raw_io import allocate, has_header, sync, write_error
@@ -219,65 +219,6 @@ class OutputWorkspace(Workspace):
         self.discard()
 
 
-# A folder with one of these, or with weights, is a model's.
-_SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPELINE, "modules.json")
-# What lies in the folders of a pipeline and of sentence-transformers, and in those of exports.
-_INSIDE = (".json", ".txt", ".model", ".jinja", ".md", ".yaml")
-# Beside the weights, besides companions and weights: what programs and people's repositories put
-# there. Settings and results of training, the card and its licence, code of the model's own.
-_ENDINGS = (".json", ".md", ".model", ".py")
-_ALSO = (
-    "merge_recipe.yaml",
-    "best_recipe.yaml",
-    "merge_report.html",
-    "search_journal.jsonl",
-    ".gitattributes",
-)
-_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-_HINT = "Choose another folder, or remove it yourself."
-
-
-def refuse_foreign(target: Path) -> None:
-    """Raise if a folder is no model, or holds a file or a folder that is no part of one.
-
-    Raises:
-        UsageError: says what is in it.
-    """
-    try:
-        entries = sorted(target.iterdir())
-        names = [path.name for path in entries]
-        if not any(name in _SIGNS or is_weight(name) for name in names):
-            message = "the output exists and is not a model: it will not be replaced"
-            raise UsageError(message, where=str(target), hint=_HINT)
-        for path in entries:
-            if path.is_symlink():  # goes alone: what it leads to stays
-                continue
-            if not (_is_part(path) if path.is_dir() else _is_model_file(path.name)):
-                name = f"{path.name}/" if path.is_dir() else path.name
-                message = f"the output holds {name}, which is no part of a model: "
-                raise UsageError(message + "it will not be replaced", where=str(target), hint=_HINT)
-    except OSError as error:
-        raise write_error(error, target) from error
-
-
-def _is_part(folder: Path) -> bool:
-    """Whether a folder inside a model's holds nothing but what models have in such folders."""
-    return all(
-        not folders and all(_belongs(name) or name in _ALSO for name in files)
-        for _, folders, files in os.walk(folder)
-    )
-
-
-def _is_model_file(name: str) -> bool:
-    """Whether models have a file of that name beside their weights."""
-    is_model_file = is_weight(name) or is_companion(name) or name in _ALSO
-    return is_model_file or name.endswith(_ENDINGS) or name.upper().startswith(_LEGAL)
-
-
-def _belongs(name: str) -> bool:
-    return is_weight(name) or is_companion(name) or name.endswith(_INSIDE)
-
-
 def open_journal(
     work: OutputWorkspace, key: str, shards: tuple[Shard, ...], inputs: str = ""
 ) -> Journal:
@@ -311,7 +252,9 @@ def clear_companions(work: OutputWorkspace, shards: tuple[Shard, ...]) -> None:
 
 def _holds(work: OutputWorkspace, shards: tuple[Shard, ...]) -> bool:
     """Whether exactly these shards are there, each with its size and header."""
-    weights = work.model.rglob("*.safetensors")
+    folders = {work.model / shard.folder for shard in shards}
+    # What a result brings besides (statistics, where learning began) lies in folders of its own.
+    weights = (path for folder in folders for path in folder.glob("*.safetensors"))
     files = {path.relative_to(work.model).as_posix() for path in weights}
     return files - {FILE} == {shard.file for shard in shards} and all(
         has_header(work.model / shard.file, shard.size, shard.header) for shard in shards

@@ -23,7 +23,7 @@ from merge_cli.system.workspace import MARK, Workspace
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-WORK = (".partial", ".training", ".search")  # folders of unfinished work beside a result
+WORK = (".partial", ".training", ".search", ".auto")  # folders of unfinished work beside a result
 
 
 class StageWorkspace(Workspace):

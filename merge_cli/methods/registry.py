@@ -147,6 +147,8 @@ def get_method(name: str) -> Method:
     if name in _BUILT_IN:
         _load_one(name)  # most recipes need one module of ours, and no plugin
     if name not in _METHODS:
+        _load_built_in()
+    if name not in _METHODS:
         _load()
     if name not in _METHODS:
         raise UsageError(f"unknown merge method '{name}'.", hint=nearest(name, _METHODS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
@@ -13,8 +13,7 @@ from merge_cli.checkpoint.config import merged_config, text_config, with_layer_t
 from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE
 from merge_cli.checkpoint.layer_config import LAYER_COUNTS
 from merge_cli.checkpoint.layout import natural_key
-from merge_cli.checkpoint.statistics import open_statistics_files
-from merge_cli.errors import MismatchError, Problem, RecipeError, SourceError
+from merge_cli.errors import MismatchError, Problem, RecipeError
 from merge_cli.planning.aliases import join_aliases
 from merge_cli.planning.config_notes import config_notes
 from merge_cli.planning.draft import Draft
@@ -33,9 +32,8 @@ from merge_cli.planning.output_slices import (
 from merge_cli.planning.plan import sliced_names
 from merge_cli.planning.prefixes import rename
 from merge_cli.planning.structure import check_structure
-from merge_cli.recipe.reference import local_file, local_folder
+from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.statistics import ORIGIN, statistics_file
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import align
 from merge_cli.tokenizer.chat_template import choose_templates
@@ -154,37 +152,6 @@ def open_coefficient_file(draft: Draft) -> Draft:
     if problems:
         raise MismatchError(problems, f"{path.name} does not fit these models")
     return replace(draft, coefficients=coefficients)
-
-
-def open_statistics_folder(draft: Draft) -> Draft:
-    """The recipe's folder of statistics that were gathered before.
-
-    Raises:
-        CorruptFileError: a file that is missing or broken.
-        MismatchError: they do not fit every merged tensor.
-        SourceError: a resolved recipe was made with others.
-    """
-    recipe, name = draft.recipe, draft.recipe.statistics_folder
-    folder = local_folder(name, recipe.folder) if name else None
-    if folder is None:
-        return draft
-    files = [folder / statistics_file(number) for number in range(len(recipe.models))]
-    calibrated = open_statistics_files(files, draft.method.gathers)
-    problems = [
-        Problem(misfit, task.name)
-        for task in draft.tasks
-        if task.action == "merge" and (misfit := calibrated.misfit(task.operands, task.ids))
-    ]
-    if problems:
-        raise MismatchError(problems, f"the statistics in {name} do not fit these models")
-    recorded = recipe.metadata.get(ORIGIN) if recipe.inputs else None
-    for file, item in zip(calibrated.files, recorded or (), strict=False):
-        if isinstance(item, Mapping) and item.get("statistics", file.digest) != file.digest:
-            message = "are not the statistics that this recipe was resolved with"
-            hint = "Restore the file, or remove `inputs` from the recipe."
-            raise SourceError(message, file=str(file.path), hint=hint)
-    note = f"statistics of {len(files)} models are read from {name}"
-    return draft.noting((note,), calibrated=calibrated)
 
 
 def merge_config(draft: Draft) -> Draft:

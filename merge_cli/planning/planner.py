@@ -23,6 +23,7 @@ from merge_cli.planning import passes
 from merge_cli.planning.draft import Draft
 from merge_cli.planning.encodings import described as encodings_described
 from merge_cli.planning.encodings import left_out_tasks
+from merge_cli.planning.given_statistics import open_statistics_folder
 from merge_cli.planning.method_checks import check_recipe
 from merge_cli.planning.opening import one_spelling, open_all, unopenable
 from merge_cli.planning.plan import Plan, outputs_of
@@ -144,7 +145,7 @@ _PASSES: tuple[Callable[[Draft], Draft], ...] = (
     passes.compare_settings,
     decide_tasks,
     passes.open_coefficient_file,
-    passes.open_statistics_folder,
+    open_statistics_folder,
     passes.merge_config,
     passes.check_model,
     passes.note_leftovers,

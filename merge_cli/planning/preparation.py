@@ -56,6 +56,12 @@ class Prepared:
     report: Report | None = None
     discard: Callable[[], None] = lambda: None
 
+    @property
+    def size(self) -> int:
+        """Bytes of the folders, which OUT gets copies of."""
+        files = (path for folder in self.folders.values() for path in folder.rglob("*"))
+        return sum(path.stat().st_size for path in files if path.is_file())
+
 
 class Preparation(Protocol):
     """One kind of preparation.

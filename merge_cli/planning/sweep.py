@@ -70,7 +70,7 @@ def _problems(recipe: Recipe, name: str, plans: Mapping[str, Plan]) -> list[Prob
     plan, first = plans[name], next(iter(plans.values()))
     key = f"{SWEEP}.{name}" if f"{SWEEP}.{name}" in recipe.positions else SWEEP
     if plan.method.preparation or plan.recipe.coefficients:
-        message = f"{plan.recipe.merge_method} learns, searches or looks at data first"
+        message = f"{plan.recipe.merge_method} merges with what was found out first"
         return [recipe.problem(SWEEP, message, "Write a recipe for each variant.")]
     if plan.recipe.eval is not None:
         hint = "Evaluate the variants with `merge-cli compare RECIPE --eval FILE`."

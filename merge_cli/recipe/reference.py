@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HUB = "hf://"
+STAGES = "stages"  # a folder of a result: what its stages bring
 # The Hub's own rules; what they refuse need not be asked for.
 _HUB_ID = re.compile(r"[A-Za-z0-9_](?:[\w.-]*\w)?(?:/[A-Za-z0-9_](?:[\w.-]*\w)?)?", re.ASCII)
 _LONGEST_ID = 96

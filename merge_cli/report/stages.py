@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -21,7 +22,14 @@ from merge_cli.errors import RecipeError
 from merge_cli.methods.registry import get_method
 from merge_cli.recipe.dump import Locate, data_from, dump_recipe, folder_from, path_from
 from merge_cli.recipe.load import read_recipe
-from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference, stage_folder
+from merge_cli.recipe.reference import (
+    HUB,
+    STAGES,
+    ModelRef,
+    local_folder,
+    parse_reference,
+    stage_folder,
+)
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import FOLDER
 from merge_cli.report.numbers import duration, size
@@ -82,7 +90,7 @@ class Stages:
             folder = recipe.folder
             locate = self.named(path_from(target, folder, {}) if target else public_name(folder))
             locate = self._where_kept(folder, locate)
-            learned = f"./stages/{stage_folder(name)}/{FILE}" if recipe.coefficients else None
+            learned = f"./{STAGES}/{stage_folder(name)}/{FILE}" if recipe.coefficients else None
             fingerprints = recipe.inputs if target else {}
             statistics = recipe.statistics_folder
             if statistics is not None:
@@ -106,13 +114,13 @@ class Stages:
         """Models and statistics in the stages' folders: where in the result's, and where now."""
         for name, result in self._folders.items():
             for marker in sorted((*result.glob("*/config.json"), *result.glob(f"{FOLDER}/1.*"))):
-                yield f"stages/{stage_folder(name)}/{marker.parent.name}", marker.parent
+                yield f"{STAGES}/{stage_folder(name)}/{marker.parent.name}", marker.parent
 
     def _where_statistics(self, name: str, recipe: Recipe, target: Path | None) -> str:
         """How the result's recipe names a stage's folder of statistics."""
         word = str(recipe.statistics_folder)
         if (self._folders[name] / word).resolve() == (self._folders[name] / FOLDER).resolve():
-            return f"./stages/{stage_folder(name)}/{FOLDER}"
+            return f"./{STAGES}/{stage_folder(name)}/{FOLDER}"
         return folder_from(target, recipe.folder)(word) if target else Path(word).name
 
     def _where_kept(self, recipe_folder: Path, locate: Locate) -> Locate:
@@ -136,13 +144,12 @@ class Stages:
             try:
                 shutil.copytree(model, folder / path, dirs_exist_ok=True)
             except shutil.Error as error:
-                failed = OSError(errno.EIO, str(error))
-                raise write_error(failed, folder / path) from error
+                raise write_error(_first_of(error), folder / path) from error
             except OSError as error:
                 raise write_error(error, folder / path) from error
         for name, result in self._folders.items():
             if (result / FILE).exists():
-                copy = folder / "stages" / stage_folder(name) / FILE
+                copy = folder / STAGES / stage_folder(name) / FILE
                 try:
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(result / FILE, copy)
@@ -222,6 +229,13 @@ def stage_sections(report: Mapping[str, Any]) -> list[Section]:
     how = "Models that other documents of the recipe made first, in this order, to be merged here."
     heads = ("stage", "method", "of", "stored as", "size", "time")
     return [section("Stages", how, "", Table(heads, rows, right=2))]
+
+
+def _first_of(error: shutil.Error) -> OSError:
+    """The first of what `copytree` has collected, as texts, as the error that it was."""
+    text = str(error.args[0][0][2])
+    found = re.match(r"\[Errno (\d+)\] ([^:]*)", text)
+    return OSError(int(found[1]), found[2]) if found else OSError(errno.EIO, text)
 
 
 def _parts(label: str) -> list[str]:

@@ -29,7 +29,7 @@ from merge_cli.auto.worker import Answer, Job
 from merge_cli.auto.workspace import AutomaticWorkspace
 from merge_cli.dam.run import learn
 from merge_cli.data.rows import part_of, read_data
-from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
+from merge_cli.errors import GateError, Interrupted, RecipeError, ResourceError, SourceError
 from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.rows import content_of
 from merge_cli.methods.registry import get_method
@@ -188,6 +188,66 @@ def test_a_stage_that_chose_statistics_brings_them(
     monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "empty"))
     merge_cli.merge(resolved, tmp_path / "again", options=OPTIONS)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["data", "methods", "statistics"])
+def test_a_stage_of_other_data_or_settings_is_made_again(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Whatever a preparation goes by is part of the stage's work."""
+    monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring("fisher"))
+    monkeypatch.setattr("merge_cli.auto.verdict._FINALISTS", 1)
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    recipe = folder / "two.yaml"
+
+    def run_both() -> list[str]:
+        first = yaml.safe_load(write_recipe(folder, "stage.yaml", **keys).read_text())
+        last = {"merge_method": "soup", "models": ["best", "base"]}
+        recipe.write_text(yaml.safe_dump_all([{**first, "name": "best"}, last]))
+        said: list[str] = []
+        merge_cli.merge(
+            recipe, tmp_path / "out", options=replace(OPTIONS, keep_stages=True, overwrite=True),
+            on_progress=lambda p: said.append(p.note),
+        )  # fmt: skip
+        return [note for note in said if note.startswith("stage 1")]
+
+    keys: dict[str, Any] = {"methods": ["fisher"]}
+    assert run_both() == ["stage 1 of 1: best"]
+    assert run_both() == ["stage 1 of 1: best: made before"]
+    if change == "data":
+        rows = (folder / "a.jsonl").read_text().splitlines(keepends=True)
+        (folder / "a.jsonl").write_text("".join(rows[:-1]))
+    elif change == "methods":
+        keys["methods"] = ["fisher", "soup"]
+    else:
+        keys["statistics"] = {"examples": 7, "max_length": 24}
+    assert run_both() == ["stage 1 of 1: best"]
+
+
+def test_a_merge_is_kept_where_its_statistics_could_not_be_copied(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full: a sentence, and the same command goes on behind the merge."""
+    monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring("fisher"))
+    monkeypatch.setattr("merge_cli.auto.verdict._FINALISTS", 1)
+    recipe = write_recipe(models, "full.yaml", methods=["fisher"])
+    real = shutil.copytree
+
+    def full(source: Path, target: Path, **more: Any) -> Path:
+        real(source, target, **more)
+        raise shutil.Error([(str(source), str(target), "[Errno 28] No space left on device")])
+
+    with monkeypatch.context() as patched:
+        patched.setattr("merge_cli.report.stages.shutil.copytree", full)
+        with pytest.raises(ResourceError, match="the disk is full"):
+            run(recipe, tmp_path / "out")
+    said: list[str] = []
+    merge_cli.merge(
+        recipe, tmp_path / "out", options=OPTIONS, on_progress=lambda p: said.append(p.note)
+    )
+    assert "resumed" in said
+    assert not any("starting over" in note for note in said)
 
 
 def _favouring(step: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.errors import CorruptFileError, MergeCliError, MismatchError, SourceError
+from merge_cli.errors import (
+    CorruptFileError,
+    MergeCliError,
+    MismatchError,
+    SourceError,
+    UsageError,
+)
 from merge_cli.methods.registry import method_names
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.dam_tiny import config, write_models
@@ -119,9 +127,7 @@ def test_a_resolved_recipe_takes_no_other_statistics(models: Path) -> None:
     document = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump({**document, "statistics": "../kept"}))
     make_plan(load_recipe(recipe))
-    (folder / "1.safetensors").rename(folder / "first")
-    (folder / "2.safetensors").rename(folder / "1.safetensors")
-    (folder / "first").rename(folder / "2.safetensors")
+    exchanged(folder)
     with pytest.raises(SourceError, match="are not the statistics that this recipe"):
         make_plan(load_recipe(recipe))
     recipe.write_text(yaml.safe_dump({**document, "statistics": "../kept", "inputs": {}}))
@@ -163,3 +169,86 @@ def test_a_stage_brings_its_statistics(models: Path) -> None:
     merge_cli.merge(resolved, models / "again", options=CPU)
     again = (models / "again" / "model.safetensors").read_bytes()
     assert again == (result.path / "model.safetensors").read_bytes()
+
+
+def exchanged(folder: Path) -> None:
+    """The files of two models, changed for one another."""
+    (folder / "1.safetensors").rename(folder / "first")
+    (folder / "2.safetensors").rename(folder / "1.safetensors")
+    (folder / "first").rename(folder / "2.safetensors")
+
+
+def test_a_merge_with_a_folder_is_resolved_with_its_digests(models: Path) -> None:
+    """Also where the recipe, without `inputs`, tells of others."""
+    folder = gathered(models, "fisher")
+    merge_cli.merge(without_data(models, "fisher"), models / "out", options=CPU)
+    resolved = models / "out" / "merge_recipe.yaml"
+    make_plan(load_recipe(resolved))
+    exchanged(folder)
+    with pytest.raises(SourceError, match="are not the statistics that this recipe"):
+        make_plan(load_recipe(resolved))
+    document = yaml.safe_load(resolved.read_text())
+    del document["inputs"]
+    resolved.write_text(yaml.safe_dump(document))
+    merge_cli.merge(resolved, models / "again", options=CPU)
+    make_plan(load_recipe(models / "again" / "merge_recipe.yaml"))
+
+
+@pytest.mark.parametrize("origin", [5, True, "text", {"a": 1}, [3, None]])
+def test_whatever_metadata_say_of_the_origin(models: Path, origin: Any) -> None:
+    gathered(models, "fisher")
+    metadata = {"gathered_from": origin}
+    plan = make_plan(load_recipe(without_data(models, "fisher", metadata=metadata)))
+    assert [item["model"] for item in plan.recipe.metadata["gathered_from"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_statistics_of_other_tensors_are_refused(models: Path, method: str) -> None:
+    """All would be plain means, under the name of another method."""
+    gathered(models, method)
+    write_models(models / "other", config("gpt2"))
+    recipe = without_data(models, method, models=["other/a", "other/b"])
+    with pytest.raises(MismatchError, match="are of no tensor that is merged|has statistics of"):
+        make_plan(load_recipe(recipe))
+
+
+def test_the_plan_says_how_many_tensors_are_means(models: Path) -> None:
+    gathered(models, "regmean")
+    plan = make_plan(load_recipe(without_data(models, "regmean")))
+    assert "statistics of 2 models are read from kept, for 14 merged tensors; 6 have none" in (
+        " ".join(plan.notes)
+    )
+
+
+def test_more_files_than_models_are_refused(models: Path) -> None:
+    """Of three models one was taken out: which file is whose cannot be told."""
+    folder = gathered(models, "fisher")
+    shutil.copy(folder / "2.safetensors", folder / "3.safetensors")
+    with pytest.raises(SourceError, match="the recipe has 2 models.*3.safetensors|3.safetensors"):
+        make_plan(load_recipe(without_data(models, "fisher")))
+
+
+def test_models_must_share_a_vocabulary(models: Path) -> None:
+    """As with data: importances of rows are of the tokens that they stand for."""
+    gathered(models, "fisher")
+    union = without_data(models, "fisher", tokenizer_source="union")
+    make_plan(load_recipe(union))  # nothing is moved
+    path = models / "b" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(MismatchError, match="share no vocabulary"):
+        make_plan(load_recipe(without_data(models, "fisher")))
+    with pytest.raises(MergeCliError, match="share a vocabulary"):
+        make_plan(load_recipe(without_data(models, "fisher", tokenizer_source="union")))
+
+
+def test_a_folder_of_statistics_is_no_model(models: Path) -> None:
+    folder = gathered(models, "fisher")
+    recipe = models / "soup.yaml"
+    recipe.write_text("merge_method: soup\nmodels: [a, b]\n")
+    with pytest.raises(UsageError, match="is not a model"):
+        merge_cli.merge(recipe, folder, options=replace(CPU, overwrite=True))
+    assert len(list(folder.iterdir())) == 2

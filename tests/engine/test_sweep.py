@@ -223,7 +223,7 @@ def test_methods_that_look_at_data_are_refused(family: Family) -> None:
     models = [{"model": name, "data": str(data)} for name in ("a", "b")]
     sweep = {"a": {}, "b": {"parameters": {"normalize": "sum"}}}
     recipe = family.write({"merge_method": "fisher", "models": models, "sweep": sweep})
-    with pytest.raises(RecipeError, match="learns, searches or looks at data first"):
+    with pytest.raises(RecipeError, match="merges with what was found out first"):
         merge_cli.plan(recipe)
 
 
