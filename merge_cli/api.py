@@ -301,7 +301,7 @@ def _merge_document(
         options,
         on_progress=on_progress,
         finish=explain,
-        beside=prepared.size,
+        more_bytes=prepared.size,
         run=run,
     )
     prepared.discard()

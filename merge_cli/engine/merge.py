@@ -36,13 +36,13 @@ def execute(
     *,
     on_progress: OnProgress,
     finish: Finish,
-    beside: int = 0,
+    more_bytes: int = 0,
     run: Run = run_loop,
 ) -> Path:
     """Merge into `target`.
 
     Args:
-        beside: bytes that `finish` writes, besides small files.
+        more_bytes: that `finish` writes, besides small files.
         on_progress: called with progress, in the calling thread.
         finish: writes reports into the finished folder before it is published.
         run: does the work that is left.
@@ -69,7 +69,7 @@ def execute(
             if options.fresh:
                 work.discard()
             work.refuse_other_work(key)
-            work.check_space(plan.bytes_written + beside)
+            work.check_space(plan.bytes_written + more_bytes)
             differing = compare(plan.compared)
             for note in differing:
                 on_progress(Progress("copies", 0, 0, note))

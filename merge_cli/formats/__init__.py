@@ -12,7 +12,7 @@ To add a format:
    float32 becomes codes and scales, and what config.json says. With it the format has a word
    of `out_dtype:` if it has a method `encoding`, too (`WritableFormat`).
 
-2. Add it to `FORMATS` in formats/known.py.
+2. Add it to `FORMATS` in formats/registry.py.
 3. Test it against the numbers of whoever made the format (`tests/support/quantised.py`), and add a
    row to docs/precision.md.
 

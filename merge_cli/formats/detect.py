@@ -38,7 +38,7 @@ def read_as_numbers(
     # Codes are integers or fp8: most models have none, and then no format is loaded.
     if dtypes_of(tensors) <= _FLOATS and not says_quantised(config):
         return DecodedModel(tensors, dict(config))
-    from merge_cli.formats.known import FORMATS
+    from merge_cli.formats.registry import FORMATS
 
     for storage_format in FORMATS:
         if storage_format.detect(tensors, config):
@@ -53,7 +53,7 @@ def read_as_numbers(
 
 def encoding_for(word: str, dtype: str, config: Mapping[str, Any]) -> Encoding:
     """How weights are stored for a word of `out_dtype:`; see `WritableFormat`."""
-    from merge_cli.formats.known import FORMATS
+    from merge_cli.formats.registry import FORMATS
 
     offered = (
         storage_format.encoding(word, dtype, config)

@@ -9,6 +9,7 @@ folder of its own, with its checks, its panel and its report; nothing outside as
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,7 +194,8 @@ def prepare(
         Others as `Preparation.run` does.
     """
     for preparation in preparations_of(plan):
-        if "torch" not in sys.modules:  # seconds, in which nothing else would be said
+        # Seconds, in which nothing else would be said; one process of torchrun speaks for all.
+        if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
             on_progress(Progress("prepare", 0, 0, "loading torch and transformers"))
         for library in ("torch", "transformers"):
             require(library, plan.recipe.merge_method)

@@ -234,8 +234,8 @@ def stage_sections(report: Mapping[str, Any]) -> list[Section]:
 def _first_of(error: shutil.Error) -> OSError:
     """The first of what `copytree` has collected, as texts, as the error that it was."""
     text = str(error.args[0][0][2])
-    found = re.match(r"\[Errno (\d+)\] ([^:]*)", text)
-    return OSError(int(found[1]), found[2]) if found else OSError(errno.EIO, text)
+    match = re.match(r"\[Errno (\d+)\] ([^:]*)", text)
+    return OSError(int(match[1]), match[2]) if match else OSError(errno.EIO, text)
 
 
 def _parts(label: str) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from merge_cli.api import merge_plan
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers, reading
-from merge_cli.formats import detect, known
+from merge_cli.formats import detect, registry
 from merge_cli.formats.encoding import Encoding, Part, Tiles, changed_groups
 from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, WritableFormat
 from merge_cli.options import MergeOptions
@@ -112,7 +112,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_listed_format_is_read_as_numbers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "FORMATS", (*known.FORMATS, QuarterFormat()))
+    monkeypatch.setattr(registry, "FORMATS", (*registry.FORMATS, QuarterFormat()))
     source = open_source(ModelRef(str(model)), model)
     with reading() as read:
         numbers = read_numbers(read, source.tensors["w"], 1, 2)
@@ -126,7 +126,7 @@ LAYER = "model.layers.0.mlp.up_proj.weight"
 
 def test_a_listed_format_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `same` with the line in FORMATS alone, and by a word of its own."""
-    monkeypatch.setattr(known, "FORMATS", (*known.FORMATS, QuarterFormat()))
+    monkeypatch.setattr(registry, "FORMATS", (*registry.FORMATS, QuarterFormat()))
     codes = torch.randint(-90, 90, (6, 8), dtype=torch.int8)
     norm = torch.ones(8, dtype=torch.bfloat16)
     words = {"hidden_size": 8, QUANTIZATION: {"quant_method": "quarters"}}
@@ -157,7 +157,7 @@ def test_a_listed_format_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_word_of_recipes_is_one_formats() -> None:
-    writable = [f for f in known.FORMATS if isinstance(f, WritableFormat)]
+    writable = [f for f in registry.FORMATS if isinstance(f, WritableFormat)]
     for word in CODES:
         offered = [f.name for f in writable if f.encoding(word, "BF16", {}) is not None]
         assert len(offered) == (word != SAME), word
