@@ -693,7 +693,7 @@ def test_the_page_with_many_models(family: Family) -> None:
 @pytest.mark.parametrize(
     ("sources", "norm", "said"),
     [(3, 0.009, "try larger ones"), (5, 0.009, "try larger ones"), (4, 0.035, "try smaller ones"),
-     (3, 0.035, "as well as anything whose settings were chosen")],
+     (3, 0.035, "was as good as the average of unlike experts or better")],
 )  # fmt: skip
 def test_the_scale_is_advised_by_what_was_measured(sources: int, norm: float, said: str) -> None:
     from merge_cli.analysis.advice import _measured_here
