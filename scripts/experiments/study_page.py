@@ -42,7 +42,11 @@ PAIRS = (
     ("Fisher", "task arithmetic"), ("DAM", "task arithmetic"), ("DAM", "Fisher"),
     ("auto", "Fisher"), ("auto", "DAM"), ("DAM", "DAM from the soup"), ("DAM", "search"),
     ("DAM", "distillation"), ("DAM", "LoRA distillation"), ("DAM", "fine-tuning"),
-    *((f"DAM, {size}", f"distillation, {size}") for size in BUDGETS),
+    *(
+        (f"DAM, {size}", f"{kind}, {size}")
+        for size in BUDGETS
+        for kind in ("distillation", "fine-tuning")
+    ),
 )  # fmt: skip
 _COLOURS = (
     "#555555", "#957000", "#00805c", "#0068a8", "#c8500a", "#a8508a", "#7a4fb5", "#3a3a8a",
