@@ -47,6 +47,7 @@ PAIRS = (
         for size in BUDGETS
         for kind in ("distillation", "fine-tuning")
     ),
+    ("DAM, 200k", "Fisher"), ("DAM, 200k", "auto"),
 )  # fmt: skip
 _COLOURS = (
     "#555555", "#957000", "#00805c", "#0068a8", "#c8500a", "#a8508a", "#7a4fb5", "#3a3a8a",
