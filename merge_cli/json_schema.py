@@ -129,17 +129,17 @@ def _sections(method: Method) -> dict[str, Any]:
 
 
 def _statistics(method: Method) -> dict[str, Any]:
-    """`statistics:`, a folder for what merges with them and for nothing else."""
+    """`statistics:`, which may name a folder where the method merges with them."""
     if method.gathers:
-        return {"statistics": {"properties": dict.fromkeys(unused_options(method.gathers), False)}}
+        unused = dict.fromkeys(unused_options(method.gathers), False)
+        return {"statistics": {"properties": unused}}
     if method.searches:  # its rival is a fisher merge
-        return {
-            "statistics": {**_SECTION, "properties": dict.fromkeys(unused_options("fisher"), False)}
-        }
-    return {"statistics": _SECTION if method.learns or method.automatic else False}
+        unused = dict.fromkeys(unused_options("fisher"), False)
+        return {"statistics": {**_NO_FOLDER, "properties": unused}}
+    return {"statistics": _NO_FOLDER if method.learns or method.automatic else False}
 
 
-_SECTION: Schema = {"not": {"type": "string"}}
+_NO_FOLDER: Schema = {"not": {"type": "string"}}
 _SPACE = ("method",)  # what a search needs; most methods have default ranges
 
 

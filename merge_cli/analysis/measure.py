@@ -34,10 +34,12 @@ from merge_cli.engine.worker_context import HostWorker, WorkerContext
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
-from merge_cli.kernels.streams import RelationStreams, Stored
+from merge_cli.kernels.relation_streams import RelationStreams
+from merge_cli.kernels.streams import Stored
 from merge_cli.methods.blocks import Block
 from merge_cli.options import MergeOptions, OnProgress, Progress
-from merge_cli.planning.plan import TensorTask, span_starts
+from merge_cli.planning.chunks import span_starts
+from merge_cli.planning.plan import TensorTask
 from merge_cli.system.raw_io import FilePool
 
 TOP_SHARE = 0.01  # of a tensor's elements: its largest changes

@@ -24,7 +24,7 @@ from merge_cli.analysis.model_set import kind_of
 from merge_cli.engine.worker_context import HostWorker, WorkerContext
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.matrices import singular_values
-from merge_cli.kernels.streams import Runs
+from merge_cli.kernels.relation_streams import Runs
 from merge_cli.planning.plan import TensorTask
 
 SIDE = 256  # rows and columns of a sample, at most

@@ -84,7 +84,7 @@ def analyze(
         write_page(analysis, html)
         screen.notes([f"page written to {html}"])
     if write_recipe is not None:
-        from merge_cli.analysis.advice import write_recipe as write
+        from merge_cli.analysis.advised_recipe import write_recipe as write
 
         write(analysis, write_recipe)
         screen.notes([f"recipe written to {write_recipe}"])

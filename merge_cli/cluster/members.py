@@ -13,7 +13,7 @@ from merge_cli.cluster.node import NodeWorker, ShareStats
 from merge_cli.engine.journal import chunks_of
 from merge_cli.engine.merge_stats import NodeStats, TensorStats
 from merge_cli.errors import MergeCliError
-from merge_cli.planning.plan import Chunk
+from merge_cli.planning.chunks import Chunk
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import read_lines
 

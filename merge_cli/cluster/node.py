@@ -26,7 +26,8 @@ from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge_stats import StageTime
 from merge_cli.errors import Interrupted, MergeCliError, ResourceError, SourceError
 from merge_cli.options import MergeOptions, Progress
-from merge_cli.planning.plan import Chunk, Plan
+from merge_cli.planning.chunks import Chunk
+from merge_cli.planning.plan import Plan
 from merge_cli.system.raw_io import sync, write_error
 
 _SYNC_SECONDS = 1.0

@@ -34,7 +34,8 @@ from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.output import NODES
 from merge_cli.errors import ResourceError
 from merge_cli.options import MergeOptions, OnProgress, Progress
-from merge_cli.planning.plan import Plan, cut_chunks
+from merge_cli.planning.chunks import cut_chunks
+from merge_cli.planning.plan import Plan
 from merge_cli.system.raw_io import sync, write_error
 
 _POLL_SECONDS = 0.25

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from merge_cli.checkpoint.dtypes import width_of
-from merge_cli.planning.plan import Chunk, TensorTask
+from merge_cli.planning.chunks import Chunk
+from merge_cli.planning.plan import TensorTask
 
 LEAST_BYTES = 256 * 2**20  # some seconds of a node's work: many times what a share costs to deal
 

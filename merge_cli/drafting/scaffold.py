@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.analysis.advice import advice_text
+from merge_cli.analysis.advised_recipe import advice_text
 from merge_cli.analysis.result import Advice
 from merge_cli.analysis.run import analyze
 from merge_cli.drafting.data import data_of, why_not

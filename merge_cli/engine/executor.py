@@ -17,7 +17,8 @@ from merge_cli.engine.worker_context import HostWorker
 from merge_cli.kernels.fused import FusedForm, Ranks
 from merge_cli.kernels.fused import merge as merge_stored
 from merge_cli.kernels.quantise import largest_magnitude
-from merge_cli.planning.plan import Chunk, Plan, TensorTask
+from merge_cli.planning.chunks import Chunk
+from merge_cli.planning.plan import Plan, TensorTask
 
 _COPY = FusedForm([1.0])  # a tensor by itself, in one loop from its dtype to another
 

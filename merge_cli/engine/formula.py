@@ -9,7 +9,8 @@ from typing import Any
 from merge_cli.engine.operands import BlockReader, TensorReader
 from merge_cli.kernels.fused import FusedForm
 from merge_cli.methods.blocks import Block, Span
-from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
+from merge_cli.planning.chunks import Chunk, span_starts
+from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.resolve import arguments
 
 

@@ -35,7 +35,8 @@ from merge_cli.engine.pool import (
 from merge_cli.engine.residency import Residency, SourceResidency
 from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.options import MergeOptions
-from merge_cli.planning.plan import Chunk, Plan, TensorTask, cut_chunks
+from merge_cli.planning.chunks import Chunk, cut_chunks
+from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.system.raw_io import FilePool, read_into
 
 

@@ -36,7 +36,8 @@ from merge_cli.engine.sweep import SweepExecutor
 from merge_cli.engine.tensor_writers import output_offsets
 from merge_cli.errors import NonFiniteError
 from merge_cli.options import MergeOptions, OnProgress, Progress
-from merge_cli.planning.plan import Chunk, Plan, cut_chunks
+from merge_cli.planning.chunks import Chunk, cut_chunks
+from merge_cli.planning.plan import Plan
 from merge_cli.system.machine import usable_cores
 from merge_cli.system.raw_io import FilePool, sync, write_error
 

@@ -42,9 +42,9 @@ def execute(
     """Merge into `target`.
 
     Args:
-        more_bytes: that `finish` writes, besides small files.
         on_progress: called with progress, in the calling thread.
         finish: writes reports into the finished folder before it is published.
+        more_bytes: that `finish` writes, besides small files.
         run: does the work that is left.
 
     Returns:

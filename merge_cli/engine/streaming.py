@@ -24,7 +24,8 @@ from merge_cli.engine.tensor_writers import OutputOffsets
 from merge_cli.engine.worker_context import HostWorker
 from merge_cli.kernels.fused import FORMATS, FusedForm, StoredSums
 from merge_cli.kernels.streams import MergeJob, MergeStreams
-from merge_cli.planning.plan import Chunk, TensorTask
+from merge_cli.planning.chunks import Chunk
+from merge_cli.planning.plan import TensorTask
 
 Finished = Callable[[Chunk, TensorStats], None]
 # Merges the block of a chunk that begins at an element, measures it, and returns where it ends.

@@ -19,7 +19,8 @@ from merge_cli.engine.operands import BlockReader, TensorReader, operands_of
 from merge_cli.engine.streaming import Finished
 from merge_cli.engine.tensor_writers import TensorWriter, output_offsets, writer_for
 from merge_cli.methods.blocks import Block
-from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
+from merge_cli.planning.chunks import Chunk, span_starts
+from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.sweep import operand_key
 
 

@@ -23,7 +23,8 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.files import Files, StageClock
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.kernels.fused import FORMATS, StoredBlock, stored_starts
-from merge_cli.kernels.streams import Runs, Stored, StoredSpan, Streams, read_sample
+from merge_cli.kernels.relation_streams import Runs, read_sample
+from merge_cli.kernels.streams import Stored, StoredSpan, Streams
 
 _WIDEST = 8  # bytes of an element in the widest format
 _ALIGNMENT = 64 * 1024  # more than what aligning every input takes

@@ -15,8 +15,9 @@ from merge_cli.kernels.reduce import add_scaled
 from merge_cli.methods.blocks import Span, TensorBlocks
 from merge_cli.methods.consensus import disjoint_merge, divisor_of, linear_sum
 from merge_cli.methods.parameters import Density, PerModel, Range, each
+from merge_cli.methods.ranked_drop import RankedDrop, ranked_drop
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.sparsification import RankedDrop, Rescale, ranked_drop
+from merge_cli.methods.sparsification import Rescale
 
 if TYPE_CHECKING:
     from torch import Tensor

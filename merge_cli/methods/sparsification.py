@@ -5,7 +5,7 @@ see the whole of it; what it returns is applied block by block:
 
     magnitude_trim      the largest magnitudes                          TIES
     random_drop         each element with the same chance               DARE
-    ranked_drop         a row's larger elements with a larger chance    DELLA
+    ranked_drop         a row's larger elements with a larger chance    DELLA (ranked_drop.py)
     middle_band         neither the largest nor the smallest            Model Breadcrumbs
     variance_selection  where the task vectors differ most              SCE
 
@@ -25,7 +25,7 @@ from merge_cli.kernels.cut import Cuts, MagnitudeThreshold, trimmed
 from merge_cli.kernels.fused import Masks
 from merge_cli.kernels.reduce import absolute_runs, exact_sum, scaled
 from merge_cli.kernels.select import exact_cuts, kept_count, magnitude_cuts
-from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks, load_whole
+from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 RescaleL1 = Literal["l1", "none", True, False]
 Rescale = Literal["density", "l1", "none", True, False]
 _SHORTEST = 1e-7  # as in mergekit: a norm below it has no ratio
-_ONE = 2**32  # the chance 1, as masks compare it
+ONE = 2**32  # the chance 1, as masks compare it
 Apply = Callable[[list[Array], Span], list[Array]]
 
 
@@ -77,7 +77,7 @@ def trim_factors(
         return [1.0] * len(density)
     return [
         before / after if share < 1.0 and min(before, after) >= _SHORTEST else 1.0
-        for (before, after), share in zip(_l1_norms(tensor, trim), density, strict=True)
+        for (before, after), share in zip(l1_norms(tensor, trim), density, strict=True)
     ]
 
 
@@ -117,7 +117,7 @@ def random_drop(tensor: TensorBlocks, density: Sequence[float], rescale: Rescale
     """
     if rescale != "l1":
         return drop_by_density(density, rescale)
-    norms = _l1_norms(tensor, RandomDrop(density).apply)
+    norms = l1_norms(tensor, RandomDrop(density).apply)
     return RandomDrop(density, [before / after if after else 0.0 for before, after in norms])
 
 
@@ -126,86 +126,6 @@ def drop_by_density(density: Sequence[float], rescale: Rescale) -> RandomDrop:
     if rescale in ("density", True):
         return RandomDrop(density, [1.0 / share if share else 0.0 for share in density])
     return RandomDrop(density)
-
-
-@dataclass(frozen=True)
-class RankedVector:
-    """How one task vector is dropped by rank.
-
-    Attributes:
-        ranks: int32, of each element within its row, 0 for the smallest; None where all are kept,
-            or none (density 0).
-        last: the largest rank of a row.
-        density, epsilon: its parameters.
-        factor: of what is kept; None for 1/p of each element.
-    """
-
-    ranks: Tensor | None
-    last: int
-    density: float
-    epsilon: float
-    factor: float | None
-
-    def apply(self, delta: Tensor, at: Span, source: int) -> Tensor:
-        """A flat span of the task vector with its mask and its rescaling."""
-        if self.ranks is None:
-            return delta if self.density else delta.new_zeros(len(delta))
-        import torch
-
-        ranks = self.ranks[at.start : at.start + len(delta)].to(torch.float64)
-        chance = self.density - self.epsilon + 2 * self.epsilon * (ranks / max(self.last, 1))
-        if not self.last:  # rows of one element have no ranks
-            chance = torch.full_like(chance, self.density)
-        words = mask.random_words(at.seed, source, at.name, at.start, len(delta), delta.device)
-        keep = words < (chance * _ONE).round().to(torch.int64)
-        rescaled = delta / chance.to(delta.dtype) if self.factor is None else delta * self.factor
-        return rescaled.where(keep, 0.0)
-
-
-@dataclass(frozen=True)
-class RankedDrop:
-    """The ranks of each task vector of a tensor."""
-
-    vectors: Sequence[RankedVector]
-
-    def apply(self, deltas: list[Tensor], at: Span) -> list[Tensor]:
-        return [
-            vector.apply(delta, at, source)
-            for vector, delta, source in zip(self.vectors, deltas, at.sources, strict=True)
-        ]
-
-
-def ranked_drop(
-    tensor: TensorBlocks, density: Sequence[float], epsilon: Sequence[float], rescale: Rescale
-) -> RankedDrop:
-    """Rank every row by magnitude; of equal ones the lower index is the larger. Holds the tensor.
-
-    An element of rank r among n is kept with the chance p = density - epsilon + 2 epsilon r/(n-1).
-    """
-    _, deltas = load_whole(tensor)
-    width = tensor.shape[-1] if tensor.shape else 1
-    factor = None if rescale in ("density", True) else 1.0
-    vectors = []
-    for delta, share, spread in zip(deltas, density, epsilon, strict=True):
-        ranks = _ranks(delta, width) if 0.0 < share < 1.0 else None
-        vectors.append(RankedVector(ranks, width - 1, share, spread, factor))
-    drop = RankedDrop(vectors)
-    if rescale != "l1":
-        return drop
-    factors = [before / after if after else 0.0 for before, after in _l1_norms(tensor, drop.apply)]
-    return RankedDrop([replace(v, factor=f) for v, f in zip(vectors, factors, strict=True)])
-
-
-def _ranks(delta: Tensor, width: int) -> Tensor:
-    """The rank of each element by magnitude within its row of `width`, flat."""
-    import torch
-
-    rows = delta.reshape(-1, width).abs()
-    largest_first = rows.sort(dim=-1, descending=True, stable=True).indices
-    descending = torch.arange(width - 1, -1, -1, dtype=torch.int32, device=rows.device)
-    ranks = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
-    ranks.scatter_(-1, largest_first, descending.expand_as(ranks))
-    return ranks.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -296,7 +216,7 @@ def _variance(deltas: list[Tensor]) -> Tensor:
     return total / len(deltas)
 
 
-def _l1_norms(tensor: TensorBlocks, sparsify: Apply) -> list[tuple[float, float]]:
+def l1_norms(tensor: TensorBlocks, sparsify: Apply) -> list[tuple[float, float]]:
     """Of each task vector the L1 norm, and that of what is kept of it; in one streamed pass."""
 
     def sums(blocks: Iterator[Block]) -> list[list[float]]:

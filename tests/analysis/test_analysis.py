@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import merge_cli
 from merge_cli.analysis import measure
-from merge_cli.analysis.advice import recipe_text
+from merge_cli.analysis.advised_recipe import recipe_text
 from merge_cli.analysis.differences import config_differences
 from merge_cli.analysis.measure import TOP_SHARE
 from merge_cli.analysis.model_set import KINDS, kind_of
@@ -35,7 +35,7 @@ from merge_cli.kernels.matrices import singular_values
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
-from merge_cli.planning import plan as units
+from merge_cli.planning import chunks as units
 from tests.support.command import cli, failed
 from tests.support.devices import StrictTransfers
 from tests.support.html import Page

@@ -16,7 +16,7 @@ from merge_cli.cluster.tasks import task_cluster
 from merge_cli.engine.made_before import read_report
 from merge_cli.errors import Interrupted, ResourceError, SourceError, UsageError
 from merge_cli.options import MergeOptions, Progress
-from merge_cli.planning.plan import cut_chunks
+from merge_cli.planning.chunks import cut_chunks
 from tests.support.evolve_tiny import write_family
 from tests.support.merges import digest, write_recipe
 from tests.support.ray_nodes import Nodes

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import merge_cli
 from merge_cli.cluster.shares import Shares
-from merge_cli.planning import plan as planning
-from merge_cli.planning.plan import Chunk, cut_chunks
+from merge_cli.planning import chunks as planning
+from merge_cli.planning.chunks import Chunk, cut_chunks
 from tests.support.tiny import Family
 
 

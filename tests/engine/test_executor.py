@@ -18,8 +18,8 @@ from merge_cli.engine.journal import Journal
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import UsageError
 from merge_cli.kernels import reduce, select
-from merge_cli.planning import plan as units
-from merge_cli.planning.plan import cut_chunks
+from merge_cli.planning import chunks as units
+from merge_cli.planning.chunks import cut_chunks
 from merge_cli.system.records import seal, unseal
 from tests.support.merges import RECIPES, digest, interrupt, write_recipe
 from tests.support.tiny import Family, llama_family, merge, write_model

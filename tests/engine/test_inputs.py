@@ -19,7 +19,7 @@ from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import SourceError, UsageError
-from merge_cli.planning import plan as units
+from merge_cli.planning import chunks as units
 from merge_cli.system.records import Records
 from tests.support.merges import digest, interrupt, write_recipe
 from tests.support.tiny import Family, llama_config, merge, read_model, write_model

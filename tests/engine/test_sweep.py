@@ -18,7 +18,7 @@ from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import Interrupted, NonFiniteError, RecipeError, UsageError
 from merge_cli.kernels import reduce
 from merge_cli.options import MergeOptions
-from merge_cli.planning import plan as planning
+from merge_cli.planning import chunks as planning
 from tests.support.command import cli, failed
 from tests.support.merges import digest
 from tests.support.tiny import Family, llama_config, llama_tensors, read_model, write_model

@@ -131,7 +131,7 @@ def test_fp8_beside_bfloat16_is_merged_and_written_as_bfloat16(
     notes = make_plan(load_recipe(recipe)).notes
     assert any("1 fp8 weights are read as numbers" in note for note in notes)
     from merge_cli.engine import memory
-    from merge_cli.planning import plan as units
+    from merge_cli.planning import chunks as units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for module in (units, memory):

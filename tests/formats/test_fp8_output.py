@@ -21,7 +21,7 @@ from merge_cli.formats.encoding import Tiles
 from merge_cli.formats.fp8_encoding import Fp8Encoding
 from merge_cli.kernels import compiled
 from merge_cli.options import MergeOptions
-from merge_cli.planning import plan as units
+from merge_cli.planning import chunks as units
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model
 

@@ -14,7 +14,7 @@ from merge_cli.engine import memory
 from merge_cli.errors import Interrupted, NonFiniteError
 from merge_cli.kernels import compiled
 from merge_cli.options import MergeOptions
-from merge_cli.planning import plan as units
+from merge_cli.planning import chunks as units
 from tests.support.encoded import (
     BITS,
     WORDS,

@@ -22,15 +22,8 @@ from merge_cli.kernels.fused import FORMATS, Election, FusedForm, Masks, Ranks, 
 from merge_cli.kernels.keys import keys
 from merge_cli.kernels.kth_largest import kth_largest
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
-from merge_cli.kernels.streams import (
-    MergeJob,
-    MergeStreams,
-    RelationStreams,
-    Runs,
-    Stored,
-    StoredSpan,
-    read_sample,
-)
+from merge_cli.kernels.relation_streams import RelationStreams, Runs, read_sample
+from merge_cli.kernels.streams import MergeJob, MergeStreams, Stored, StoredSpan
 from tests.support.stored import DTYPES, block_of, decoded, stored_rows
 
 BLOCK = 2048

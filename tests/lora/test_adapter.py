@@ -97,7 +97,7 @@ def test_rounded_once_and_the_same_bytes_however_it_runs(
         rounded = expected.state_dict()[name].bfloat16()
         assert float((tensor != rounded).double().mean()) < 0.01, name  # at a midpoint, perhaps
     from merge_cli.engine import memory
-    from merge_cli.planning import plan as units
+    from merge_cli.planning import chunks as units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for module in (units, memory):

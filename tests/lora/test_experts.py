@@ -201,7 +201,7 @@ def test_the_same_bytes_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     recipe = passthrough(tmp_path, dtype="bfloat16")
     whole = merge(recipe, tmp_path / "whole")
     from merge_cli.engine import memory
-    from merge_cli.planning import plan as units
+    from merge_cli.planning import chunks as units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for module in (units, memory):

@@ -247,7 +247,7 @@ def test_blocks_units_threads_and_arithmetic_change_no_bit(
 ) -> None:
     from merge_cli.engine import device, memory
     from merge_cli.kernels import reduce
-    from merge_cli.planning import plan as units
+    from merge_cli.planning import chunks as units
 
     family = llama_family(tmp_path)
     recipe = family.recipe(case.partition(" ")[0], **CASES[case])

@@ -16,7 +16,7 @@ from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_fi
 from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.engine import memory
 from merge_cli.formats import stored_matrix
-from merge_cli.planning import plan as units
+from merge_cli.planning import chunks as units
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
 from merge_cli.sources.source import Source

@@ -19,7 +19,7 @@ from merge_cli.engine.merge import check_target
 from merge_cli.engine.output import OutputWorkspace, open_journal
 from merge_cli.errors import Interrupted, ResourceError, UsageError
 from merge_cli.options import MergeOptions, Progress
-from merge_cli.planning import plan as units
+from merge_cli.planning import chunks as units
 from merge_cli.system import raw_io, workspace
 from merge_cli.system.raw_io import unfinished_file
 from merge_cli.system.records import Records

@@ -260,7 +260,7 @@ def test_other_kinds_of_tokenizers(tmp_path: Path, kind: Any) -> None:
 
 def test_blocks_and_threads_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from merge_cli.engine import memory
-    from merge_cli.planning import plan as units
+    from merge_cli.planning import chunks as units
 
     pair(tmp_path)
     recipe = {**SOUP, "tokenizer_source": "union"}
