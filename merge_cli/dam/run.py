@@ -28,11 +28,10 @@ from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.training import WHOLE_STARTS, Training
+from merge_cli.recipe.training import INDIFFERENT, WHOLE_STARTS, Training
 from merge_cli.system.machine import torch_threads
 
 # Options that change how training runs, not what comes of it.
-_INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
 _FORMAT = 5
 START = "start"  # the folder in OUT of the merge that learning has started from
 _SMALLER = (
@@ -152,7 +151,7 @@ def work_key(decided: TrainingPlan, world: World) -> str:
     options = {
         f.name: repr(getattr(decided.training, f.name))
         for f in fields(Training)
-        if f.name not in _INDIFFERENT
+        if f.name not in INDIFFERENT
     }
     used = sorted({*plan.operands, plan.config_index, *([] if plan.base is None else [plan.base])})
     about = {

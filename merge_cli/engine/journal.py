@@ -14,8 +14,8 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from merge_cli.checkpoint.fingerprint import (
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.preparation import preparations_of
+from merge_cli.recipe import search, training
 from merge_cli.recipe.named_files import named_files
 from merge_cli.recipe.schema import Recipe
 from merge_cli.system.libraries import library_version
@@ -151,14 +152,25 @@ def work_key(plan: Plan, *context: object) -> str:
 
 def _prepared_by(recipe: Recipe) -> bytes:
     """What a preparation goes by besides models: its sections, and the files that they name."""
-    sections: list[Any] = [recipe.training, recipe.statistics, recipe.search, recipe.budget]
-    sections += [recipe.methods, recipe.objective and recipe.objective.plain()]
-    sections += [(str(spec.model), spec.data) for spec in recipe.source_specs]
+    sections: list[Any] = [
+        _options(recipe.training, training.INDIFFERENT),
+        _options(recipe.search, search.INDIFFERENT),
+        (recipe.statistics, recipe.budget, recipe.methods),
+        recipe.objective and recipe.objective.plain(),
+        [spec.data for spec in recipe.source_specs],
+        library_version("transformers"),
+    ]
     contents = [
         (path.name, file_fingerprint(path) if path.is_file() else _folder_content(path))
         for path in named_files(replace(recipe, file="", stages=(), eval=None))
     ]
     return repr((recipe.merge_method, sections, sorted(map(repr, contents)))).encode()
+
+
+def _options(section: Any, indifferent: Collection[str]) -> list[tuple[str, str]]:
+    """What a section says, but for what changes no result."""
+    listed = fields(section) if section is not None else ()
+    return [(f.name, repr(getattr(section, f.name))) for f in listed if f.name not in indifferent]
 
 
 def _folder_content(root: Path) -> list[str]:

@@ -28,7 +28,7 @@ from merge_cli.evolve.plan import SearchPlan, plan_search
 from merge_cli.evolve.workers import Workers
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
-from merge_cli.recipe.search import Search
+from merge_cli.recipe.search import INDIFFERENT, Search
 from merge_cli.recipe.values import Parameter
 from merge_cli.system.raw_io import replace_file
 from merge_cli.system.workspace import JournalWorkspace
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 # Fields that change how long a search runs, or who evaluates, but no candidate's score.
-_NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
+_NOT_IN_KEY = {"evaluations", "finalists", *INDIFFERENT}  # a search goes on with more of them
 _FORMAT = 3
 _CONTRADICTION = "the journal has another candidate with this number than this version would try"
 

@@ -268,4 +268,6 @@ def _search(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Sea
 
 
 SEARCH = section_of(Search, _search, null=True)
+# What changes no result; `given` is how the section was written.
+INDIFFERENT = frozenset(("failures", "engine", "workers", "given"))
 WITHOUT_SPACE = frozenset(("failures", "engine", "workers"))  # what greedy_soup takes

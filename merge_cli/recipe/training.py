@@ -79,6 +79,10 @@ class Rollouts:
     temperature: float = option(1.0, "temperature of sampling", 1e-3)
 
 
+# What changes no coefficient; a preset is what its options come to.
+INDIFFERENT = frozenset(("residency", "checkpoint_minutes", "tensorboard", "preset"))
+
+
 @dataclass(frozen=True)
 class Training:
     """How coefficients are learned. Shares are between 0 and 1; None is explained by the help."""
