@@ -48,7 +48,8 @@ def open_statistics_folder(draft: Draft) -> Draft:
     origins = _origins(draft, calibrated)
     merged = sum(task.action == "merge" for task in draft.tasks)
     note = f"statistics of {count} models are read from {name}, for {covered:,} merged tensors"
-    note += f"; {merged - covered:,} have none in some model and are the plain mean"
+    if merged > covered:
+        note += f"; {merged - covered:,} have none in some model and are the plain mean"
     recipe = replace(recipe, metadata={**recipe.metadata, ORIGIN: origins})
     return draft.noting((note,), calibrated=calibrated, recipe=recipe)
 
