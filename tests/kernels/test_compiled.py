@@ -189,7 +189,7 @@ def test_a_kernel_without_a_place_for_its_cache_is_compiled_anyway(
         raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
 
     monkeypatch.setattr("numba.core.caching.FunctionCache.__init__", nowhere)
-    kernel = compiled.Kernel(lambda x: x[0] + 1, "f8(f8[::1])", False)
+    kernel = compiled.Kernel(lambda x: x[0] + 1, "f8(f8[::1])")
     assert kernel(np.array([2.0])) == 3.0
 
 

@@ -1,16 +1,22 @@
 """GGUF's blocks of codes to numbers: the twins of the decoders in formats/gguf/blocks.py.
 
 Their docstrings say where a block has its fields. Here a block goes from its bytes to float32 with
-nothing between but the codes of one block. Loops run over parts of flat arrays, as far as `len` of
-the part that is written: those become vectors without a look at what may overlap.
+nothing between but a copy of 16 or 32 of its bytes. Loops over those are unrolled to vectors.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.instructions import (
+    bits_of,
+    copy_16,
+    copy_32,
+    float_of,
+    window,
+)
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, U32, kernel
-from merge_cli.kernels.compiled.parts import bits_of, float_of, new_f32, new_u8, part
+from merge_cli.kernels.compiled.parts import part
 
 _U8 = np.uint8
 _LOWER, _SIX = _U8(15), _U8(63)
@@ -28,16 +34,6 @@ def half_at(block, at):
 
 
 @part()
-def nibbles_tile(raw, codes):
-    """The lower four bits of all bytes, then the upper ones."""
-    lower, upper = codes[: len(raw)], codes[len(raw) : 2 * len(raw)]
-    for i in range(len(lower)):
-        lower[i] = raw[i] & _LOWER
-    for i in range(len(upper)):
-        upper[i] = raw[i] >> _U8(4)
-
-
-@part()
 def word_at(raw, at):
     """Four bytes as a whole number."""
     first, second = U32(raw[at]), U32(raw[at + 1])
@@ -52,125 +48,102 @@ def with_fifth(code, bits, i):
     return np.int32(U32(code) | U32(fifth << U32(4)))
 
 
-@part()
-def fill_tile(numbers, number):
-    """The same number in all elements."""
-    for i in range(len(numbers)):
-        numbers[i] = number
-
-
-@part()
-def two_bits_tile(raw, codes):
-    """128 codes of two bits from 32 bytes: all lowest ones, then all next ones."""
-    for k in range(4):
-        part_codes, shift = codes[32 * k : 32 * k + 32], _U8(2 * k)
-        for i in range(len(part_codes)):
-            part_codes[i] = _U8(_U8(raw[i] >> shift) & _U8(3))
-
-
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q8_0(raw, out):
     """Scale, 32 signed bytes."""
-    flat, all_numbers = raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        scale = half_at(raw[b], 0)
-        codes, numbers = flat[34 * b + 2 : 34 * b + 34], all_numbers[32 * b : 32 * b + 32]
-        for i in range(len(numbers)):
+        block, numbers = window(raw, 34 * b, 34), window(out, 32 * b, 32)
+        scale, codes = half_at(block, 0), copy_32(block, 2)
+        for i in range(32):
             numbers[i] = scale * F32(np.int8(codes[i]))
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q4_0(raw, out):
     """Scale, 16 bytes of codes."""
-    flat, all_numbers = raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        scale = half_at(raw[b], 0)
-        codes, numbers = flat[18 * b + 2 : 18 * b + 18], all_numbers[32 * b : 32 * b + 32]
-        lower, upper = numbers[:16], numbers[16:]
-        for i in range(len(lower)):
-            lower[i] = scale * (F32(_U8(codes[i] & _LOWER)) - F32(8.0))
-        for i in range(len(upper)):
-            upper[i] = scale * (F32(_U8(codes[i] >> _U8(4))) - F32(8.0))
+        block, numbers = window(raw, 18 * b, 18), window(out, 32 * b, 32)
+        scale, codes = half_at(block, 0), copy_16(block, 2)
+        for i in range(16):
+            numbers[i] = scale * (F32(_U8(codes[i] & _LOWER)) - F32(8.0))
+        for i in range(16):
+            numbers[16 + i] = scale * (F32(_U8(codes[i] >> _U8(4))) - F32(8.0))
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q4_1(raw, out):
     """Scale and least number, 16 bytes of codes."""
-    flat, all_numbers = raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        scale, least = half_at(raw[b], 0), half_at(raw[b], 2)
-        codes, numbers = flat[20 * b + 4 : 20 * b + 20], all_numbers[32 * b : 32 * b + 32]
-        lower, upper = numbers[:16], numbers[16:]
-        for i in range(len(lower)):
-            lower[i] = scale * F32(_U8(codes[i] & _LOWER)) + least
-        for i in range(len(upper)):
-            upper[i] = scale * F32(_U8(codes[i] >> _U8(4))) + least
+        block, numbers = window(raw, 20 * b, 20), window(out, 32 * b, 32)
+        scale, least, codes = half_at(block, 0), half_at(block, 2), copy_16(block, 4)
+        for i in range(16):
+            numbers[i] = scale * F32(_U8(codes[i] & _LOWER)) + least
+        for i in range(16):
+            numbers[16 + i] = scale * F32(_U8(codes[i] >> _U8(4))) + least
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q5_0(raw, out):
     """Scale, the fifth bits, 16 bytes of codes."""
-    codes, flat, all_numbers = new_u8(32), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        scale, numbers = half_at(raw[b], 0), all_numbers[32 * b : 32 * b + 32]
-        nibbles_tile(flat[22 * b + 6 : 22 * b + 22], codes)
-        bits = word_at(flat, 22 * b + 2)
-        for i in range(len(numbers)):
-            numbers[i] = scale * (F32(with_fifth(codes[i], bits, i)) - F32(16.0))
+        block, numbers = window(raw, 22 * b, 22), window(out, 32 * b, 32)
+        scale, bits, codes = half_at(block, 0), word_at(block, 2), copy_16(block, 6)
+        for i in range(16):
+            code = with_fifth(_U8(codes[i] & _LOWER), bits, i)
+            numbers[i] = scale * (F32(code) - F32(16.0))
+        for i in range(16):
+            code = with_fifth(_U8(codes[i] >> _U8(4)), bits, 16 + i)
+            numbers[16 + i] = scale * (F32(code) - F32(16.0))
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q5_1(raw, out):
     """Scale and least number, the fifth bits, 16 bytes of codes."""
-    codes, flat, all_numbers = new_u8(32), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        scale, least = half_at(raw[b], 0), half_at(raw[b], 2)
-        nibbles_tile(flat[24 * b + 8 : 24 * b + 24], codes)
-        bits, numbers = word_at(flat, 24 * b + 4), all_numbers[32 * b : 32 * b + 32]
-        for i in range(len(numbers)):
-            numbers[i] = scale * F32(with_fifth(codes[i], bits, i)) + least
+        block, numbers = window(raw, 24 * b, 24), window(out, 32 * b, 32)
+        scale, least, bits = half_at(block, 0), half_at(block, 2), word_at(block, 4)
+        codes = copy_16(block, 8)
+        for i in range(16):
+            code = with_fifth(_U8(codes[i] & _LOWER), bits, i)
+            numbers[i] = scale * F32(code) + least
+        for i in range(16):
+            code = with_fifth(_U8(codes[i] >> _U8(4)), bits, 16 + i)
+            numbers[16 + i] = scale * F32(code) + least
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q2_k(raw, out):
     """Scales and least numbers of 4 bits, codes of 2 bits, two floats for those."""
-    scales, leasts = new_f32(256), new_f32(256)
-    codes, flat, all_numbers = new_u8(256), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        at, scale, least = 84 * b, half_at(raw[b], 80), half_at(raw[b], 82)
+        block = window(raw, 84 * b, 84)
+        scale, least = half_at(block, 80), half_at(block, 82)
         for p in range(16):
-            both = flat[at + p]
-            fill_tile(scales[16 * p : 16 * p + 16], scale * F32(_U8(both & _LOWER)))
-            fill_tile(leasts[16 * p : 16 * p + 16], least * F32(_U8(both >> _U8(4))))
-        two_bits_tile(flat[at + 16 : at + 48], codes[:128])
-        two_bits_tile(flat[at + 48 : at + 80], codes[128:])
-        numbers = all_numbers[256 * b : 256 * b + 256]
-        for i in range(len(numbers)):
-            numbers[i] = scales[i] * F32(codes[i]) - leasts[i]
+            both, codes = block[p], copy_16(block, 16 + 32 * (p // 8) + 16 * (p % 2))
+            part_scale = scale * F32(_U8(both & _LOWER))
+            part_least = least * F32(_U8(both >> _U8(4)))
+            shift, numbers = _U8(2 * (p // 2 % 4)), window(out, 256 * b + 16 * p, 16)
+            for i in range(16):
+                code = _U8(_U8(codes[i] >> shift) & _U8(3))
+                numbers[i] = part_scale * F32(code) - part_least
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q3_k(raw, out):
     """The third bits, codes of 2 bits, 16 scales of 6 bits, a float for those."""
-    codes, scales = new_u8(256), new_f32(256)
-    flat, all_numbers = raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        at, scale = 110 * b, half_at(raw[b], 108)
+        block = window(raw, 110 * b, 110)
+        scale = half_at(block, 108)
         for p in range(16):
-            lower = _U8(raw[b, 96 + p % 8] >> _U8(4 * (p // 8))) & _LOWER
-            more = _U8(_U8(raw[b, 104 + p % 4] >> _U8(2 * (p // 4))) & _U8(3))
-            signed = F32(np.int32(lower) + 16 * np.int32(more) - 32)
-            fill_tile(scales[16 * p : 16 * p + 16], scale * signed)
-        third = flat[at : at + 32]
-        for k in range(8):
-            first, bit, shift = at + 32 + 32 * (k // 4), _U8(k), _U8(2 * (k % 4))
-            two, here = flat[first : first + 32], codes[32 * k : 32 * k + 32]
-            for i in range(len(here)):
-                upper = _U8(_U8(_U8(third[i] >> bit) & _U8(1)) << _U8(2))
-                here[i] = _U8(_U8(two[i] >> shift) & _U8(3)) | upper
-        numbers = all_numbers[256 * b : 256 * b + 256]
-        for i in range(len(numbers)):
-            numbers[i] = scales[i] * (F32(codes[i]) - F32(4.0))
+            lower = _U8(block[96 + p % 8] >> _U8(4 * (p // 8))) & _LOWER
+            more = _U8(_U8(block[104 + p % 4] >> _U8(2 * (p // 4))) & _U8(3))
+            part_scale = scale * F32(np.int32(lower) + 16 * np.int32(more) - 32)
+            codes = copy_16(block, 32 + 32 * (p // 8) + 16 * (p % 2))
+            third, bit = copy_16(block, 16 * (p % 2)), _U8(p // 2)
+            shift, numbers = _U8(2 * (p // 2 % 4)), window(out, 256 * b + 16 * p, 16)
+            for i in range(16):
+                code = _U8(_U8(codes[i] >> shift) & _U8(3))
+                code |= _U8(_U8(_U8(third[i] >> bit) & _U8(1)) << _U8(2))
+                numbers[i] = part_scale * (F32(code) - F32(4.0))
 
 
 @part()
@@ -189,53 +162,52 @@ def packed_least(packed, p):
     return F32(_U8(_U8(packed[p + 4] >> _U8(4)) | _U8(_U8(packed[p] >> _U8(6)) << _U8(4))))
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q4_k(raw, out):
     """Two floats for 8 scales and 8 least numbers, those in 12 bytes, codes of 4 bits."""
     for b in range(len(raw)):
-        scale, least, packed = half_at(raw[b], 0), half_at(raw[b], 2), raw[b, 4:16]
+        block = window(raw, 144 * b, 144)
+        scale, least, packed = half_at(block, 0), half_at(block, 2), window(block, 4, 12)
         for p in range(8):
             part_scale = scale * packed_scale(packed, p)
             part_least = least * packed_least(packed, p)
-            first, shift = 16 + 32 * (p // 2), _U8(4 * (p % 2))
-            codes, numbers = raw[b, first : first + 32], out[b, 32 * p : 32 * p + 32]
+            codes, shift = copy_32(block, 16 + 32 * (p // 2)), _U8(4 * (p % 2))
+            numbers = window(out, 256 * b + 32 * p, 32)
             for i in range(32):
                 code = _U8(_U8(codes[i] >> shift) & _LOWER)
                 numbers[i] = part_scale * F32(code) - part_least
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q5_k(raw, out):
     """As `q4_k`, with the fifth bits between scales and codes."""
     for b in range(len(raw)):
-        scale, least, packed = half_at(raw[b], 0), half_at(raw[b], 2), raw[b, 4:16]
-        fifth = raw[b, 16:48]
+        block = window(raw, 176 * b, 176)
+        scale, least, packed = half_at(block, 0), half_at(block, 2), window(block, 4, 12)
+        fifth = copy_32(block, 16)
         for p in range(8):
             part_scale = scale * packed_scale(packed, p)
             part_least = least * packed_least(packed, p)
-            first, shift, bit = 48 + 32 * (p // 2), _U8(4 * (p % 2)), _U8(p)
-            codes, numbers = raw[b, first : first + 32], out[b, 32 * p : 32 * p + 32]
+            codes, shift, bit = copy_32(block, 48 + 32 * (p // 2)), _U8(4 * (p % 2)), _U8(p)
+            numbers = window(out, 256 * b + 32 * p, 32)
             for i in range(32):
                 code = _U8(_U8(codes[i] >> shift) & _LOWER)
                 code |= _U8(_U8(_U8(fifth[i] >> bit) & _U8(1)) << _U8(4))
                 numbers[i] = part_scale * F32(code) - part_least
 
 
-@kernel(_BLOCKS)
+@kernel(_BLOCKS, side_by_side=True)
 def q6_k(raw, out):
     """The lower four bits of the codes, the upper two, 16 signed scales, a float for those."""
-    codes, upper = new_u8(256), new_u8(128)
-    scales, flat, all_numbers = new_f32(256), raw.reshape(-1), out.reshape(-1)
     for b in range(len(raw)):
-        at, scale = 210 * b, half_at(raw[b], 208)
+        block = window(raw, 210 * b, 210)
+        scale = half_at(block, 208)
         for p in range(16):
-            fill_tile(scales[16 * p : 16 * p + 16], scale * F32(np.int8(raw[b, 192 + p])))
-        for half in range(2):
-            here = codes[128 * half : 128 * half + 128]
-            nibbles_tile(flat[at + 64 * half : at + 64 * half + 64], here)
-            two_bits_tile(flat[at + 128 + 32 * half : at + 160 + 32 * half], upper)
-            for i in range(len(here)):
-                here[i] |= _U8(upper[i] << _U8(4))
-        numbers = all_numbers[256 * b : 256 * b + 256]
-        for i in range(len(numbers)):
-            numbers[i] = scales[i] * (F32(codes[i]) - F32(32.0))
+            part_scale = scale * F32(np.int8(block[192 + p]))
+            lower, shift = copy_16(block, 64 * (p // 8) + 16 * (p % 4)), _U8(4 * (p % 8 // 4))
+            upper, two = copy_16(block, 128 + 32 * (p // 8) + 16 * (p % 2)), _U8(2 * (p % 8 // 2))
+            numbers = window(out, 256 * b + 16 * p, 16)
+            for i in range(16):
+                code = _U8(_U8(lower[i] >> shift) & _LOWER)
+                code |= _U8(_U8(_U8(upper[i] >> two) & _U8(3)) << _U8(4))
+                numbers[i] = part_scale * (F32(code) - F32(32.0))

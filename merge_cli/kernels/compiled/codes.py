@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.instructions import as_halves, as_words, window
 from merge_cli.kernels.compiled.kernel import U32, kernel
-from merge_cli.kernels.compiled.parts import as_halves, as_words, part
+from merge_cli.kernels.compiled.parts import part
 
 _U16, _U64 = np.uint16, np.uint64
 
@@ -55,8 +56,8 @@ def scale_groups(numbers, scales):
     groups = scales.shape[1]
     width = numbers.shape[1] // groups
     for r in range(len(numbers)):
-        row, of_row = numbers[r], scales[r if len(scales) > 1 else 0]
+        of_row = window(scales, (r if len(scales) > 1 else 0) * groups, groups)
         for g in range(groups):
-            group, scale = row[g * width :][:width], of_row[g]
+            group, scale = window(numbers, (r * groups + g) * width, width), of_row[g]
             for i in range(len(group)):
                 group[i] *= scale

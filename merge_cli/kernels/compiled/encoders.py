@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.instructions import as_words, bits_of, float_of, new_f32, new_u8
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, INFINITY, MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import as_words, bits_of, float_of, new_f32, new_u8, part
+from merge_cli.kernels.compiled.parts import part
 
 _SIGN = np.int32(-(2**31))
 _ROUND = F32(12582912.0)  # 1.5 * 2^23: adding it leaves whole numbers, nearest, ties to even

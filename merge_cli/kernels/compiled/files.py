@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.parts import CFunction, new_i64, part
+from merge_cli.kernels.compiled.instructions import CFunction, new_i64
+from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.tiles import FLOAT32
 
 # The columns of `inputs`: an open file, the byte at which a tensor begins, how it is encoded.

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from merge_cli.kernels.compiled.parts import OPTIONS, AddressCall, linked, named
+from merge_cli.kernels.compiled.instructions import AddressCall
+from merge_cli.kernels.compiled.parts import OPTIONS, linked, named
 from merge_cli.system.notices import say_once
 
 CHUNK = 2048  # float32: a few rows of it stay in the L1 cache
@@ -42,10 +43,15 @@ class Kernel:
     """
 
     def __init__(
-        self, function: Callable[..., Any], signature: str | list[str], fastmath: Any
+        self,
+        function: Callable[..., Any],
+        signature: str | list[str],
+        fastmath: Any = False,
+        side_by_side: bool = False,
     ) -> None:
         self.by_address = AddressCall(str(signature))
         self._function, self._signature, self._fastmath = function, signature, fastmath
+        self._side_by_side = side_by_side
         self._compiled: Callable[..., Any] | None = None
         self._address = 0
         self._lock = threading.Lock()
@@ -98,7 +104,7 @@ class Kernel:
         load_registries()
         function = linked(self._function)
         try:
-            with _saying_so():
+            with _saying_so(), _vectors(self._side_by_side):
                 return numba.njit(self._signature, cache=True, **self._options)(function)
         except _UNREADABLE as error:
             _refuse_other(error)
@@ -131,10 +137,31 @@ def _saying_so() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _vectors(side_by_side: bool) -> Iterator[None]:
+    """Let LLVM look for vectors in what stands side by side, too, which numba leaves out."""
+    from numba.core import config
+    from numba.core.compiler_lock import global_compiler_lock
+
+    with global_compiler_lock:
+        before, config.SLP_VECTORIZE = config.SLP_VECTORIZE, int(side_by_side)
+        try:
+            yield
+        finally:
+            config.SLP_VECTORIZE = before
+
+
 def kernel(
-    signature: str | list[str], *, fastmath: Any = False
+    signature: str | list[str], *, fastmath: Any = False, side_by_side: bool = False
 ) -> Callable[[Callable[..., Any]], Kernel]:
-    return lambda function: Kernel(function, signature, fastmath)
+    """A function to compile.
+
+    Args:
+        signature: numba's, or several.
+        side_by_side: loops of a few steps are unrolled, and become vectors. It is for those whose
+            length is a constant; elsewhere it only takes time to compile.
+    """
+    return lambda function: Kernel(function, signature, fastmath, side_by_side)
 
 
 @cache

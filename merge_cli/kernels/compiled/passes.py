@@ -5,8 +5,7 @@ Inputs lie as `fused` says. See `kernels.passes`, and `kernels.fused.measure`.
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import (
+from merge_cli.kernels.compiled.instructions import (
     as_words,
     new_f32,
     new_f32_rows,
@@ -15,6 +14,7 @@ from merge_cli.kernels.compiled.parts import (
     new_i32_rows,
     new_u32,
 )
+from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,
     count_keys_tile,

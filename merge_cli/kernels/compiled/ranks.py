@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.parts import (
+from merge_cli.kernels.compiled.instructions import (
     as_words,
     new_f32,
     new_f32_rows,
@@ -13,8 +12,9 @@ from merge_cli.kernels.compiled.parts import (
     new_i64,
     new_u8,
     new_u32,
-    part,
 )
+from merge_cli.kernels.compiled.kernel import MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.tile_measures import count_equal_tile
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 

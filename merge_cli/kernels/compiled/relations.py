@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.files import layout, load_block
-from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
-from merge_cli.kernels.compiled.measures import gram
-from merge_cli.kernels.compiled.parts import (
+from merge_cli.kernels.compiled.instructions import (
     as_words,
     new_f32,
     new_f32_rows,
@@ -16,6 +14,8 @@ from merge_cli.kernels.compiled.parts import (
     new_u8_rows,
     new_u32,
 )
+from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.measures import gram
 from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.tiles import TILE, load_tile, tile_of
 

@@ -18,8 +18,9 @@ from merge_cli.kernels.compiled.files import (
     write_exactly,
 )
 from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
+from merge_cli.kernels.compiled.instructions import as_bytes, new_f32, new_i64
 from merge_cli.kernels.compiled.kernel import U32, kernel
-from merge_cli.kernels.compiled.parts import as_bytes, new_f32, new_i64, part
+from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.passes import (
     count_stored,
     dot_stored,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.instructions import new_f64
 from merge_cli.kernels.compiled.kernel import CHUNK, kernel
-from merge_cli.kernels.compiled.parts import new_f64
 
 _ACCUMULATORS = 64
 _COLUMNS = 512  # of a product of thin matrices, at once

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.instructions import as_words
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32
-from merge_cli.kernels.compiled.parts import as_words, part
+from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.tiles import mixed_word
 
 _SUMS = {"reassoc", "nsz"}

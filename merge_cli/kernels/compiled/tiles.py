@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from merge_cli.kernels.compiled.instructions import as_halves, as_words, bits_of, float_of
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32
-from merge_cli.kernels.compiled.parts import as_halves, as_words, bits_of, float_of, part
+from merge_cli.kernels.compiled.parts import part
 
 TILE = 1024  # float32: six rows of it stay in the L1 cache
 # How a stored element is encoded.

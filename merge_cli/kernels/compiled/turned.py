@@ -9,16 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.codes import spread_tile
-from merge_cli.kernels.compiled.kernel import F32, U32, kernel
-from merge_cli.kernels.compiled.parts import (
+from merge_cli.kernels.compiled.instructions import (
     as_bytes,
     float_of,
     new_f32,
     new_u8,
     new_u8_rows,
     new_u32_rows,
-    part,
+    window,
 )
+from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+from merge_cli.kernels.compiled.parts import part
 
 _LINES, _WORDS, _COLUMNS = 16, 128, 256  # 16 words are a line of the cache
 _U8 = np.uint8
@@ -29,24 +30,28 @@ def turn_tile(stored, stride, first_line, first_column, lines, columns, turned):
     """turned[i, k] = the element of line first_line + k in column first_column + i."""
     for k in range(lines):
         at = (first_line + k) * stride + first_column
-        line = stored[at : at + columns]
+        line = window(stored, at, columns)
         for i in range(columns):
             turned[i, k] = line[i]
 
 
-@part()
-def scaled_tile(codes, column, row, width, zeros, scales, group, begin, out):
-    """(code - zero) * scale of columns from `column` on of a row, as far as `out` reaches."""
+@part(inline=True)
+def scaled_tile(codes, shift, mask, column, row, width, zeros, scales, group, begin, out):
+    """(code - zero) * scale of columns from `column` on of a row, as far as `out` reaches.
+
+    A code is what `mask` leaves of an element of `codes` that is moved by `shift`.
+    """
     base = row * width - begin
     at = max(column, -base)
     end = min(column + len(codes), len(out) - base)
     while at < end:
         number = at // group
         stop = min(end, (number + 1) * group)
-        part_codes, target = codes[at - column : stop - column], out[base + at : base + stop]
+        here, target = window(codes, at - column, stop - at), window(out, base + at, stop - at)
         zero, scale = zeros[row, number], scales[row, number]
         for i in range(len(target)):
-            target[i] = (F32(part_codes[i]) - zero) * scale
+            code = np.int32(U32(U32(here[i]) >> (shift & U32(31))) & mask)
+            target[i] = (F32(code) - zero) * scale
         at = stop
 
 
@@ -67,12 +72,24 @@ def turned_words(stored, stride, height, bits, zeros, scales, group, begin, out)
             lines = min(_WORDS, height - line)
             turn_tile(stored, stride, line, first, lines, columns, turned)
             for i in range(columns):
-                raw = as_bytes(turned[i, :lines])
-                here = raw if bits == 8 else codes[: lines * per_word]
+                raw = as_bytes(window(turned, i * _WORDS, lines))
+                here = raw if bits == 8 else window(codes, 0, lines * per_word)
                 if bits != 8:
                     spread_tile(raw, bits, here)
                 column = line * per_word
-                scaled_tile(here, column, first + i, width, zeros, scales, group, begin, out)
+                scaled_tile(
+                    here,
+                    U32(0),
+                    U32(255),
+                    column,
+                    first + i,
+                    width,
+                    zeros,
+                    scales,
+                    group,
+                    begin,
+                    out,
+                )
 
 
 @kernel("void(u4[::1], i8, i8, u4[::1], f4[:, ::1], f4[:, ::1], i8, i8, i8, f4[::1])")
@@ -84,7 +101,6 @@ def turned_eights(stored, stride, width, shifts, zeros, scales, group, skip, beg
     """
     rows = len(scales)
     turned = new_u32_rows(_LINES, _WORDS)
-    codes, flat = new_u8(_WORDS), turned.reshape(-1)
     eights = (skip + rows + 7) // 8
     for first in range(0, eights, _LINES):
         columns = min(_LINES, eights - first)
@@ -96,11 +112,10 @@ def turned_eights(stored, stride, width, shifts, zeros, scales, group, skip, beg
                     row = 8 * (first + i) + k - skip
                     if row < 0 or row >= rows:
                         continue
-                    shift, word, here = shifts[k], flat[i * _WORDS :], codes[:lines]
-                    for j in range(len(here)):
-                        # A shift that is seen to be below 32 leaves the words at 32 bits.
-                        here[j] = _U8(U32(word[j] >> (shift & U32(31))) & U32(15))
-                    scaled_tile(here, line, row, width, zeros, scales, group, begin, out)
+                    here = window(turned, i * _WORDS, lines)
+                    scaled_tile(
+                        here, shifts[k], U32(15), line, row, width, zeros, scales, group, begin, out
+                    )
 
 
 @part()
@@ -160,7 +175,8 @@ def turned_fp4(stored, stride, width, height, exponents, group, first, count, be
                     continue
                 if number != (first + row) // group - first // group:
                     number = (first + row) // group - first // group
-                    powers_tile(exponents, column, number, powers[:columns])
-                raw = turned[k // 2, low - column : high - column]
-                factors = powers[low - column : high - column]
-                e2m1_tile(raw, k % 2 == 1, factors, out[base + low : base + high])
+                    powers_tile(exponents, column, number, window(powers, 0, columns))
+                size = high - low
+                raw = window(turned, k // 2 * _COLUMNS + low - column, size)
+                factors = window(powers, low - column, size)
+                e2m1_tile(raw, k % 2 == 1, factors, window(out, base + low, size))
