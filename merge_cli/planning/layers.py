@@ -24,13 +24,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.config import layer_count, predicting_layers
+from merge_cli.planning.around_layers import comes_after_layers
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
-# After the last layer: they come from the last slice. What else has no layer comes from the first.
-_AFTER = re.compile(
-    r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
-    r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)"
-)
 
 
 class LayerKey(NamedTuple):
@@ -95,20 +91,6 @@ def heights(layers: Iterable[LayerKey | Layer | None]) -> dict[str, int]:
     for stack, index in dict.fromkeys(map(itemgetter(0, 1), filter(None, layers))):
         result[stack] = max(index + 1, result.get(stack, 0))
     return result
-
-
-def comes_after_layers(name: str, stack: str) -> bool:
-    """Whether a tensor without a layer belongs behind a stack (final norm, lm_head).
-
-    It must stand beside the stack or beside one of its parents: the norm of a projector or of
-    another module belongs to that module.
-    """
-    parents = stack.split(".")[:-1]
-    for depth in range(len(parents), -1, -1):
-        parent = "".join(f"{part}." for part in parents[:depth])
-        if name.startswith(parent) and _AFTER.match(name[len(parent) :]):
-            return True
-    return False
 
 
 def main_stack(
