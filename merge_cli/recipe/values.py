@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from merge_cli.errors import Problem, RecipeError
+from merge_cli.recipe.other_names import other_names
 from merge_cli.system.patterns import Pattern, compile_pattern
 from merge_cli.system.untrusted import Unreadable
 
@@ -74,13 +75,15 @@ def matches(filter: str, tensor: str) -> bool:
     """Whether a filter means a tensor.
 
     A part of its name, as in mergekit; `/.../` is a regular expression that occurs in it; what has
-    `*` or `?`, which no name has, must match the whole of it, as in a shell.
+    `*` or `?`, which no name has, must match the whole of it, as in a shell. A tensor of a mixture
+    goes by more than one name (`other_names`), and one of them is enough.
     """
     pattern = _pattern(filter)
+    names = (tensor, *other_names(tensor))
     if pattern is None:
-        return filter in tensor
+        return any(filter in name for name in names)
     try:
-        return pattern.search(tensor) is not None
+        return any(pattern.search(name) is not None for name in names)
     except Unreadable as error:
         raise RecipeError([Problem(f"the filter {filter[:60]!r} {error}")]) from None
 

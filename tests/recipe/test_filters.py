@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import merge_cli
 from merge_cli.errors import RecipeError
@@ -43,6 +46,46 @@ NAME = "model.layers.7.self_attn.q_proj.weight"
 def test_what_a_filter_means(filter: str, meant: bool) -> None:
     assert matches(filter, NAME) is meant
     assert filter_error(filter) == ""
+
+
+@pytest.mark.parametrize(
+    ("filter", "name", "meant"),
+    [
+        ("mlp", "block_sparse_moe.experts.3.w1", True),
+        ("mlp.gate.", "block_sparse_moe.gate", True),
+        ("block_sparse_moe", "block_sparse_moe.gate", True),
+        ("mlp.experts.gate_up_proj", "block_sparse_moe.experts.3.w3", True),
+        ("mlp.experts.gate_up_proj", "mlp.experts.3.up_proj", True),
+        ("down_proj", "block_sparse_moe.experts.3.w2", True),
+        ("gate", "block_sparse_moe.experts.3.w2", False),
+        ("*.mlp.experts.down_proj", "block_sparse_moe.experts.0.w2", True),
+        ("/mlp\\.experts\\.gate/", "mlp.experts.0.gate_proj", True),
+        ("gate_up_proj", "mlp.gate_proj", False),  # which is stored and kept as it is
+        ("w1", "mlp.experts.3.gate_proj", False),
+    ],
+)
+def test_experts_go_by_their_names_of_transformers_5_too(
+    filter: str, name: str, meant: bool
+) -> None:
+    assert matches(filter, f"model.layers.7.{name}.weight") is meant
+
+
+def test_the_commonest_filter_means_the_experts_of_mixtral(tmp_path: Path) -> None:
+    names = ["block_sparse_moe.gate", "block_sparse_moe.experts.0.w1", "self_attn.q_proj"]
+    for model in "ab":
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "config.json").write_text('{"num_hidden_layers": 1}')
+        stored = {f"model.layers.0.{name}.weight": torch.ones(4, 4) for name in names}
+        save_file(stored, tmp_path / model / "model.safetensors", {"format": "pt"})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+        "  - model: b\n    parameters: {weight: [{filter: mlp, value: 0.25}, {value: 0.75}]}\n"
+    )
+    plan = merge_cli.plan(recipe)
+    weights = {task.name.split(".")[3]: task.parameters["weight"][1] for task in plan.tasks}
+    assert weights == {"block_sparse_moe": 0.25, "self_attn": 0.75}
+    assert not [note for note in plan.notes if "filter" in note]
 
 
 def test_a_star_is_everything() -> None:
