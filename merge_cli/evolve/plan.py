@@ -245,7 +245,7 @@ def _need_one_frame(plan: Plan) -> None:
         RecipeError: whose config, tokenizer and head it has would depend on who is in it.
     """
     recipe = plan.recipe
-    if reconcile_heads(plan.sources).tied is not None:
+    if reconcile_heads(plan.sources).lent:
         message = "some of these models tie their output head to the embedding, others do not."
         hint = "Save them alike first."
         raise RecipeError([recipe.problem("models", message, hint)])

@@ -4,7 +4,8 @@ transformers does not store a tied head. Sources of one family may differ: the b
 fine-tune not. Then the embedding of the tied ones stands in for their head, the output stores its
 own, and its config says so. Where every config ties, a stored head is redundant and left out:
 transformers 4 replaces it when it loads the model, and 5 stores a head only where it is not tied
-(see `Source.ties`).
+(see `Source.ties`). Where such a head is kept the output's config says that it is not tied, so that
+every loader reads what transformers 5 reads.
 
 Whether a stored head is a copy is not in the headers: see equal_tensors.py. A classifier is not
 merged with a language model: one has `score` where the other has `lm_head`, and leaving one out
@@ -24,6 +25,8 @@ from merge_cli.planning.equal_tensors import Copies
 from merge_cli.sources.source import Source
 
 HEADS = ("lm_head.weight", "embed_out.weight")
+# T5 and its kin: transformers 5 writes that all are tied, and reads whether outputs are scaled.
+_SCALED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "pix2struct", "udop")
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class TiedHeads:
         tied: what the output's config must say; None leaves the config source's word.
         notes: what was done.
         stored: heads that are left out, with the embedding that stands in for each.
+        lent: whether an embedding stands in for a head that the output stores.
     """
 
     views: tuple[TensorMap, ...]
     tied: bool | None
     notes: tuple[str, ...]
     stored: tuple[Copies, ...] = ()
+    lent: bool = False
 
 
 def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
@@ -78,7 +83,17 @@ def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
         if tied_labels
         else ()
     )
-    return TiedHeads(tuple(tensors), False if tied_labels else None, notes, copies)
+    lent = bool(tied_labels)
+    tied = False if lent or any(map(_says_tied, sources)) else None
+    return TiedHeads(tuple(tensors), tied, notes, copies, lent)
+
+
+def _says_tied(source: Source) -> bool:
+    """Whether a config ties the head, whatever is stored."""
+    configs = (source.config, source.config.get("text_config"))
+    return source.config.get("model_type") not in _SCALED and any(
+        isinstance(config, dict) and config.get("tie_word_embeddings") is True for config in configs
+    )
 
 
 def _first_head(sources: Sequence[Source]) -> str | None:

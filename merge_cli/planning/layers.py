@@ -104,6 +104,8 @@ def _main_stack(layer_counts: Mapping[str, int], config: Mapping[str, Any]) -> s
     count = layer_count(config)
     described_counts = model_heights(layer_counts, config)
     fitting = [stack for stack, layers in described_counts.items() if layers == count]
+    if config.get("is_encoder_decoder") and len(layer_counts) > 1:
+        return None  # the count is the encoder's, or the decoder's, or that of both
     if len(fitting) == 1:
         return fitting[0]
     if not fitting and len(layer_counts) == 1:

@@ -153,8 +153,10 @@ def _offered(
         return model.view
     layer_index = model.layer_index
     if layer_index.main is None:
-        message = f"{model.label}: cannot tell which of {sorted(layer_index.stacks)} its layers are"
-        into.problems.append(Problem(message, output_slice.key))
+        stacks = ", ".join(sorted(layer_index.stacks)) or "none"
+        message = f"{model.label}: cannot tell which stack `layer_range` counts in ({stacks})"
+        hint = "Name its parts: a section `modules:` has slices for each." if stacks else ""
+        into.problems.append(Problem(message, output_slice.key, hint=hint))
         return None
     low, high = operand.layers
     layer_count = layer_index.layers

@@ -67,6 +67,7 @@ def check_recipe(recipe: Recipe) -> Checked:
         problems.append(recipe.problem("merge_method", message, "Add `base_model:`."))
     for group_recipe, key, output_slice, specs in groups:
         _check_count(group_recipe, method, key, specs, output_slice, problems)
+        _check_lent_layers(group_recipe, method, key, specs, problems)
         if output_slice is not None and output_slice.parameters:
             _check_parameters(recipe, method, output_slice.parameters, None, problems, warnings)
         for spec in specs:
@@ -159,6 +160,25 @@ def _check_count(
         hint = "`merge-cli methods` lists those that take more."
         if recipe.base_model in [spec.model for spec in specs] or "base included" in counted:
             hint = f"The base counts: list {most}, or name the base under `base_model` alone."
+    problems.append(recipe.problem(key, message, hint))
+
+
+def _check_lent_layers(
+    recipe: Recipe,
+    method: Method,
+    key: str,
+    specs: tuple[SourceSpec, ...],
+    problems: list[Problem],
+) -> None:
+    """A base that a slice does not list lends the models' layers: those must be the same."""
+    takes_part = method.needs_base or method.base_is_source
+    listed = any(spec.model == recipe.base_model for spec in specs)
+    ranges = {spec.layer_range for spec in specs if spec.layer_range}
+    if recipe.base_model is None or not takes_part or listed or len(ranges) < 2:
+        return
+    several = ", ".join(f"[{first}, {end}]" for first, end in sorted(ranges))
+    message = f"which layers of {recipe.base_model} belong to {several} is not said"
+    hint = "List the base among the sources, with its layer_range."
     problems.append(recipe.problem(key, message, hint))
 
 

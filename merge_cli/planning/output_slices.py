@@ -174,8 +174,8 @@ def stacked_slices(
         if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
             moved.append(module_slices)
             continue
-        message = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
-        hint = "config.json would not say so. List all of them in their order."
+        message = f"the layers of '{module}' cannot be added to, left out or moved"
+        hint = "config.json would still count them as they were. List all of them in their order."
         problems.append(recipe.problem(keys[module], message, hint))
     if len(moved) > 1:
         several = [str(module_slices[0].module) for module_slices in moved]

@@ -26,8 +26,8 @@ _JOINED = {
 def other_names(name: str) -> tuple[str, ...]:
     """What else the tensor of a file is called: in a newer file, and in memory."""
     names = dict.fromkeys((name, name.replace(_OLD_BLOCK, _BLOCK)))
-    for known in tuple(names):
-        match = _EXPERT.fullmatch(known)
+    for full in tuple(names):
+        match = _EXPERT.fullmatch(full)
         if match and match["role"] in _JOINED:
             names[f"{match['experts']}.{_JOINED[match['role']]}"] = None
     return tuple(names)[1:]

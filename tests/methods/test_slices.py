@@ -75,6 +75,8 @@ def document(method: Method, *, sliced: bool) -> dict[str, Any]:
     shared = PARAMETERS.get(method.name, {})
     parameters = {"parameters": shared} if shared else {}
     if sliced:
+        if method.needs_base:  # the models' ranges differ, so that its own must be said
+            sources.append({"model": "base", "layer_range": list(SPANS["base"])})
         return {**found, "slices": [{"sources": sources, **parameters}]}
     return {**found, "models": sources, **parameters}
 
@@ -87,6 +89,47 @@ def test_a_slice_is_a_merge_of_cut_models(depths: Family, method: Method) -> Non
     assert sliced.keys() == whole.keys()
     for name, value in whole.items():
         assert torch.equal(sliced[name], value), name
+
+
+@pytest.mark.parametrize(("second", "refused"), [([2, 4], False), ([1, 3], True)])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_an_unlisted_base_lends_the_layers_that_all_models_have(
+    depths: Family, method: str, second: list[int], refused: bool
+) -> None:
+    slices = [
+        {"sources": [{"model": n, "layer_range": [0, 2]} for n in ("a", "deep/b")]},
+        {"sources": [{"model": "a", "layer_range": [2, 4]},
+                     {"model": "deep/b", "layer_range": second}]},
+    ]  # fmt: skip
+    recipe = depths.write({"merge_method": method, "base_model": "base", "slices": slices})
+    if not refused:
+        assert merge_cli.plan(recipe).tasks
+        return
+    with pytest.raises(RecipeError) as caught:
+        merge_cli.plan(recipe)
+    assert [(p.key, p.message) for p in caught.value.problems] == [
+        ("slices[1]", "which layers of base belong to [1, 3], [2, 4] is not said")
+    ]
+    assert "List the base" in caught.value.problems[0].hint
+
+
+@pytest.mark.parametrize("merge_method", ["passthrough", "linear"])
+def test_slices_of_encoders_with_decoders_are_refused(tmp_path: Path, merge_method: str) -> None:
+    """Also where one of both has as many layers as config.json counts."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=3, num_decoder_layers=2
+    )
+    for name in "ab":
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+    family = Family(tmp_path, {}, [])
+    slices = [{"sources": [{"model": name, "layer_range": [0, 2]}]} for name in "ab"]
+    with pytest.raises(MismatchError) as caught:
+        merge_cli.plan(family.write({"merge_method": merge_method, "slices": slices}))
+    first = caught.value.problems[0]
+    assert first.message.endswith("counts in (decoder.block, encoder.block)")
+    assert "`modules:`" in first.hint
 
 
 ELEMENTWISE = [m for m in STATIC if m.name in ("soup", "task_arithmetic", "ties", "dare_ties",
@@ -103,7 +146,7 @@ def test_slices_do_not_see_one_another(depths: Family, method: Method) -> None:
     (piece,) = one["slices"]
     if "density" in method.parameters:
         for source in piece["sources"]:
-            if method.name in ("dare_ties", "della"):
+            if method.name in ("dare_ties", "della") and source["model"] != "base":
                 source["parameters"] = {**source["parameters"], "density": 1.0, **(
                     {"epsilon": 0.0} if method.name == "della" else {}
                 )}  # fmt: skip

@@ -152,12 +152,12 @@ class Copy(Part):
             source = _array(context, builder, signature, arguments)
             element = source.data.type.pointee
             all_of_them = ir.VectorType(element, self._count)
-            place = cgutils.alloca_once(builder, all_of_them)
+            frame = cgutils.alloca_once(builder, all_of_them)
             first = context.cast(builder, arguments[1], signature.args[1], types.intp)
             start = builder.gep(source.data, [first])
             stored = builder.bitcast(start, all_of_them.as_pointer())
-            builder.store(builder.load(stored, align=1), place)
-            data = builder.bitcast(place, element.as_pointer())
+            builder.store(builder.load(stored, align=1), frame)
+            data = builder.bitcast(frame, element.as_pointer())
             count = context.get_constant(types.intp, self._count)
             return _row(context, builder, signature, source, data, count)
 
