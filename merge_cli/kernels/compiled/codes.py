@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import as_halves, as_words, window
+from merge_cli.kernels.compiled.instructions import as_halves, as_words, copy_16, window
 from merge_cli.kernels.compiled.kernel import U32, kernel
 from merge_cli.kernels.compiled.parts import part
 
@@ -50,7 +50,7 @@ def spread_bytes(raw, bits, out):
     spread_tile(raw, bits, out)
 
 
-@kernel("void(f4[:, ::1], f4[:, ::1])")
+@kernel("void(f4[:, ::1], f4[:, ::1])", side_by_side=True)
 def scale_groups(numbers, scales):
     """Multiply each group of columns with its scale; one row of scales is for all rows."""
     groups = scales.shape[1]
@@ -59,5 +59,10 @@ def scale_groups(numbers, scales):
         of_row = window(scales, (r if len(scales) > 1 else 0) * groups, groups)
         for g in range(groups):
             group, scale = window(numbers, (r * groups + g) * width, width), of_row[g]
-            for i in range(len(group)):
+            whole = width // 16 * 16  # the smallest groups have as many
+            for first in range(0, whole, 16):
+                before, after = copy_16(group, first), window(group, first, 16)
+                for i in range(16):
+                    after[i] = before[i] * scale
+            for i in range(whole, width):
                 group[i] *= scale

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import new_f64
+from merge_cli.kernels.compiled.instructions import copy_64, new_f32, new_f64, window
 from merge_cli.kernels.compiled.kernel import CHUNK, kernel
 
 _ACCUMULATORS = 64
-_COLUMNS = 512  # of a product of thin matrices, at once
 
 
 @kernel("void(f4[:, ::1], f4[::1], f4[::1])")
@@ -73,36 +72,31 @@ def absolute_runs(a, run, sums):
         sums[r] = total
 
 
-@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
+@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])", side_by_side=True)
 def low_rank_product(left, right, out):
     """out += left @ right, k after k: a product, then an addition, each rounded.
 
-    Columns are taken by so few that those of `right` stay in the cache for all rows. Eight k share
-    one pass over a row: without that, loading and storing its sums takes longer than adding.
+    The sums of 64 columns stay in registers for all k. `right` of these columns is copied, for all
+    rows: apart by a power of two its rows would push one another out of the cache.
     """
     rank, columns = right.shape
-    together = rank // 8 * 8
-    for begin in range(0, columns, _COLUMNS):
-        end = min(begin + _COLUMNS, columns)
+    panel = new_f32(rank * 64)
+    whole = columns // 64 * 64
+    for first in range(0, whole, 64):
+        for k in range(rank):
+            row, packed = window(right, k * columns + first, 64), window(panel, k * 64, 64)
+            for j in range(64):
+                packed[j] = row[j]
         for i in range(len(out)):
-            total, factors = out[i, begin:end], left[i]
-            for k in range(0, together, 8):
-                a, b, c, d = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
-                e, f, g, h = factors[k + 4], factors[k + 5], factors[k + 6], factors[k + 7]
-                p, q = right[k, begin:end], right[k + 1, begin:end]
-                r, s = right[k + 2, begin:end], right[k + 3, begin:end]
-                t, u = right[k + 4, begin:end], right[k + 5, begin:end]
-                v, w = right[k + 6, begin:end], right[k + 7, begin:end]
-                for j in range(len(total)):
-                    x = total[j] + p[j] * a
-                    x = x + q[j] * b
-                    x = x + r[j] * c
-                    x = x + s[j] * d
-                    x = x + t[j] * e
-                    x = x + u[j] * f
-                    x = x + v[j] * g
-                    total[j] = x + w[j] * h
-            for k in range(together, rank):
-                row, factor = right[k, begin:end], factors[k]
-                for j in range(len(total)):
-                    total[j] = total[j] + row[j] * factor
+            total = window(out, i * columns + first, 64)
+            sums = copy_64(total, 0)
+            for k in range(rank):
+                row, factor = window(panel, k * 64, 64), left[i, k]
+                for j in range(64):
+                    sums[j] = sums[j] + row[j] * factor
+            for j in range(64):
+                total[j] = sums[j]
+    for i in range(len(out)):
+        for j in range(whole, columns):
+            for k in range(rank):
+                out[i, j] = out[i, j] + right[k, j] * left[i, k]
