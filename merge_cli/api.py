@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merge_cli.engine.device import device_here, device_of
 from merge_cli.engine.loop import run_loop
-from merge_cli.engine.made_before import made_before, read_report
+from merge_cli.engine.made_before import made_before, read_report, request_key
 from merge_cli.engine.merge import Run, execute
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.stages import make_stages
@@ -43,6 +43,7 @@ class MergeResult:
         report: the content of its merge_report.json, of a sweep with the variants' own under
             `sweep`; empty in all but the first of the processes
             that have trained together.
+        made_before: whether OUT was this very merge already, and was only evaluated.
         evaluation: what evaluating it has found, as in its merge_evaluation.json, OUT first; None
             where nothing asked for it.
     """
@@ -50,6 +51,7 @@ class MergeResult:
     path: Path
     report: dict[str, Any]
     evaluation: list[dict[str, Any]] | None = None
+    made_before: bool = False
 
     def _repr_html_(self) -> str | None:
         """The report's page, in a notebook."""
@@ -173,7 +175,7 @@ def merge_plan(
     if resume_evaluation and not (options.overwrite or options.fresh):
         report = made_before(plan, target, options)
         if report is not None:
-            return MergeResult(path, report)
+            return MergeResult(path, report, made_before=True)
     if plan.recipe.output is not None and options.ray is None:
         from merge_cli.adapters.merging import merge_adapters
 
@@ -181,16 +183,21 @@ def merge_plan(
     with runner_for(plan, options, target) as run:
 
         def make_document(
-            plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
+            plan: Plan,
+            target: Path,
+            options: MergeOptions,
+            stages: Mapping[str, Path],
+            request: str,
         ) -> dict[str, Any]:
             return _merge_document(
-                plan, target, options, on_progress, require_improvement, stages, run
+                plan, target, options, on_progress, require_improvement, stages, request, run
             )
 
         if plan.variants:
             return MergeResult(path, _merge_sweep(plan, target, options, on_progress, run))
         if not plan.stages:
-            return MergeResult(path, make_document(plan, target, options, {}))
+            request = request_key(plan, options)
+            return MergeResult(path, make_document(plan, target, options, {}, request))
         if _processes() > 1:
             message = "several processes cannot share the stages of a recipe"
             raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
@@ -273,9 +280,15 @@ def _merge_document(
     on_progress: OnProgress,
     require_improvement: bool,
     stages: Mapping[str, Path],
+    request: str,
     run: Run,
 ) -> dict[str, Any]:
-    """Prepare, execute and publish one document; `stages` are the folders of what it is made of."""
+    """Prepare, execute and publish one document.
+
+    Args:
+        stages: the folders of what it is made of.
+        request: what the report says that was asked for (`request_key`).
+    """
     from merge_cli.report.write import write_reports
 
     prepared = prepare(plan, target, options, on_progress, require_improvement=require_improvement)
@@ -285,7 +298,7 @@ def _merge_document(
 
     def explain(plan: Plan, prints: tuple[str, ...], stats: MergeStats, folder: Path) -> None:
         about = {
-            "record": prepared.record,
+            "record": {**prepared.record, **({"request": request} if request else {})},
             "attachments": prepared.attachments,
             "folders": prepared.folders,
             "stages": stages,

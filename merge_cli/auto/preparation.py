@@ -69,9 +69,6 @@ class Automatic:
             result.plan, {"auto": result.record}, folders=result.folders, discard=result.discard
         )
 
-    def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
-        return None  # the journal goes when OUT is published
-
     def identity(self, plan: Plan, device: str) -> bytes:
         from merge_cli.auto.plan import plan_automatic
         from merge_cli.options import MergeOptions

@@ -64,11 +64,6 @@ class Calibration:
             calibrate(plan, options, on_progress, lambda: check_target(plan, target, options))
         )
 
-    def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
-        from merge_cli.calibration.run import from_cache
-
-        return from_cache(plan, options.device)
-
     def identity(self, plan: Plan, device: str) -> bytes:
         return b""  # the key of the work has examples and settings
 

@@ -66,14 +66,6 @@ def calibrate(
     return with_statistics(decided, CalibrationStatistics(tuple(files)))
 
 
-def from_cache(plan: Plan, device: str) -> Plan | None:
-    """The plan with its statistics, if the cache has them all."""
-    if any(source.planned for source in plan.sources):
-        return None
-    decided = plan_calibration(plan, device, source_identity)
-    return None if decided.calibrated is None else with_statistics(decided, decided.calibrated)
-
-
 def with_statistics(decided: CalibrationPlan, calibrated: CalibrationStatistics) -> Plan:
     """The plan with what was gathered, and a recipe that says of what."""
     plan = decided.plan

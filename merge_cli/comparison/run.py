@@ -21,6 +21,7 @@ from merge_cli.comparison.merges import Merge, all_merges, family_of, plan_of
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import device_of
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
+from merge_cli.evaluation.quality_check import overlap_notes
 from merge_cli.evaluation.result import Evaluation
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
@@ -31,6 +32,7 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.opening import open_source
 from merge_cli.sources.result_files import refuse_replacing
 from merge_cli.sources.source import Source, fetch_weights
+from merge_cli.system.notices import say_once
 from merge_cli.system.paths import require_text
 from merge_cli.system.raw_io import write_error
 
@@ -90,6 +92,13 @@ def compare(
         if reference not in names_in_comparison:
             message = f"'{reference}' is not in the comparison."
             raise UsageError(message, hint=nearest(reference, names_in_comparison))
+    flattered = [
+        f"{Path(file).stem}: {note}"
+        for file, plan in zip(recipes, plans, strict=True)
+        for note in overlap_notes(plan, spec)
+    ]
+    for note in flattered:
+        say_once(note)  # at once, and in the results
     experts, missing = _experts(spec, [names.of[source.root.resolve()] for source in sources])
     try:
         for merge in merges.merges:
@@ -109,7 +118,7 @@ def compare(
         entries = [_entry(*pair) for pair in zip(models, evaluations, strict=True)]
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("stopped", where=str(folder), hint=RESUMES) from None
-    notes = (*merges.notes, *missing)
+    notes = (*merges.notes, *missing, *flattered)
     return Comparison(tuple(entries), experts, merges.soup, merges.same, notes)
 
 

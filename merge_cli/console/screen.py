@@ -235,6 +235,11 @@ class Screen:
             return
         if self.quiet or not result.report:
             return
+        if result.made_before:
+            self.out.print(
+                f"[green]✓[/green] {escape(str(shown))} is this very merge already", soft_wrap=True
+            )
+            return
         if "adapter" in result.report:
             print_merged(self.out, result.report, shown)
             return

@@ -82,9 +82,6 @@ class Learning:
             discard=learned.discard,
         )
 
-    def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
-        return None  # what OUT was learned from is not in OUT
-
     def identity(self, plan: Plan, device: str) -> bytes:
         return b""  # the key of the work has options and data
 

@@ -21,21 +21,26 @@ def read_report(out: Path) -> dict[str, Any]:
     return report
 
 
-def made_before(plan: Plan, out: Path, options: MergeOptions) -> dict[str, Any] | None:
-    """OUT's report, if OUT is already what this plan makes; None for anything else.
+def request_key(plan: Plan, options: MergeOptions) -> str:
+    """What was asked for, of a merge that learns, searches or gathers first; empty for others.
 
-    Of a method that learns or searches this is never known: what OUT was found by is not in it.
+    The report's `work` is about what came of that: the resolved recipe. This is a fingerprint of
+    the recipe as it was given, its models, and all data that it goes by.
     """
+    if not preparations_of(plan):
+        return ""
+    return work_key(plan, device_of(options).kind, options.statistics, options.accept_best)
+
+
+def made_before(plan: Plan, out: Path, options: MergeOptions) -> dict[str, Any] | None:
+    """OUT's report, if OUT is already what this plan makes; None for anything else."""
     try:
         report = read_report(out)
     except (OSError, ValueError):
         return None
     if not isinstance(report, dict):
         return None
-    for preparation in preparations_of(plan):
-        remembered = preparation.remembered(plan, options)
-        if remembered is None:
-            return None
-        plan = remembered
+    if request := request_key(plan, options):
+        return report if report.get("request") == request else None
     key = work_key(plan, device_of(options).kind, options.statistics)
     return report if report.get("work") == key else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_cli.engine.device import device_of
 from merge_cli.engine.journal import work_key
-from merge_cli.engine.made_before import made_before
+from merge_cli.engine.made_before import made_before, request_key
 from merge_cli.engine.merge import check_target
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.stage_folder import StageWorkspace
@@ -18,8 +18,9 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.preparation import preparations_of
 from merge_cli.planning.stages import needed, over_results, unused
 
-# Makes one document, given the folders of what other documents have made for it: its report.
-MakeDocument = Callable[[Plan, Path, MergeOptions, Mapping[str, Path]], dict[str, Any]]
+# Makes one document, given the folders of what other documents have made for it, and the key of
+# what is asked for: its report.
+MakeDocument = Callable[[Plan, Path, MergeOptions, Mapping[str, Path], str], dict[str, Any]]
 
 
 def make_stages(
@@ -57,7 +58,8 @@ def make_stages(
 
         def make(document: Plan, out: Path, options: MergeOptions) -> dict[str, Any]:
             made = {name: folders[name] for name in needed(document)}
-            return make_document(over_results(document, folders), out, options, made)
+            request = request_key(document, options)
+            return make_document(over_results(document, folders), out, options, made, request)
 
         for number, (name, stage) in enumerate(stages.items(), start=1):
             is_made = name not in todo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class QualityCheck:
         source = plan.sources[plan.tokenizer_index]
         if not source.planned and not plan.aligned.files:
             load_tokenizer(source)
-        return overlap_notes(plan.recipe, self._spec)
+        return overlap_notes(plan, self._spec)
 
     def run(
         self, plan: Plan, out: Path, options: MergeOptions, on_step: OnProgress
@@ -100,7 +101,7 @@ class QualityCheck:
         try:
             merged, others = self._evaluations(plan, out, spec, on_step)
         except Interrupted:
-            hint = f"The merge is complete; `merge-cli evaluate {out}` measures it, too."
+            hint = "The merge is complete. The same command evaluates it."
             raise Interrupted("stopped while evaluating", where=str(out), hint=hint) from None
         self._failures = {out.name: check_gates(self._gates, merged, others)}
         rows = summary([merged, *{other.digest: other for other in others.values()}.values()])
@@ -115,7 +116,9 @@ class QualityCheck:
         self, plan: Plan, out: Path, spec: EvalSpec, on_step: OnProgress
     ) -> tuple[Evaluation, dict[str, Evaluation]]:
         """OUT's, and those of the models that gates name, by the names that they give them."""
-        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, on_step)
+        opened = open_source(ModelRef(str(out)), out.parent)
+        # By its name alone: the result lies in OUT, and may be published with it.
+        merged = evaluate_source(replace(opened, label=out.name), spec, on_step)
         others = {}
         for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
             source = _model_of(name, plan)
@@ -158,17 +161,20 @@ def quality_check(
     return QualityCheck(spec, gates, no_worse)
 
 
-def overlap_notes(recipe: Recipe, spec: EvalSpec) -> list[str]:
-    """What to say of tasks that share rows with what the recipe learns, calibrates or searches on.
+def overlap_notes(plan: Plan, spec: EvalSpec) -> list[str]:
+    """What to say of tasks that share rows with what a recipe learns, calibrates or searches on.
 
-    Their numbers, and gates on them, speak of text that the merge was made for.
+    Their numbers, and gates on them, speak of text that the merge, or a stage of it, was made for.
 
     Raises:
         RecipeError: a wrong objective.
         SourceError: data that cannot be read.
     """
-    preparation = preparation_for(get_method(recipe.merge_method))
-    contents = preparation.contents_used(recipe) if preparation is not None else set()
+    contents: set[bytes] = set()
+    for made in (plan, *plan.stages.values(), *plan.variants.values()):
+        preparation = preparation_for(get_method(made.recipe.merge_method))
+        if preparation is not None:
+            contents |= preparation.contents_used(made.recipe)
     notes = []
     for task in spec.tasks:
         if not contents or not isinstance(task, DataTask):

@@ -72,9 +72,6 @@ class Searching:
         record = {"search": result.record}
         return Prepared(resolved, record, result.attachments, discard=result.folder.discard)
 
-    def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
-        return None  # a journal goes when OUT is published
-
     def identity(self, plan: Plan, device: str) -> bytes:
         from merge_cli.evolve.journal import search_fingerprint
 

@@ -131,9 +131,6 @@ class Preparation(Protocol):
             as `plan` does; Interrupted, NonFiniteError, GateError: the same call continues.
         """
 
-    def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
-        """The plan with everything that it lacks, if that is at hand without running a model."""
-
     def identity(self, plan: Plan, device: str) -> bytes:
         """What else the result depends on, beside what `engine.journal.work_key` knows."""
 

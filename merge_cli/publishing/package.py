@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
 
 REPORT = "merge_report.json"
 RECIPE = "merge_recipe.yaml"
+EVALUATION = "merge_evaluation.json"
 _SKIPPED = frozenset(("__pycache__",))
 
 
@@ -127,7 +128,19 @@ def _notes(folder: Path, card: str) -> list[str]:
             f"{RECIPE} and {REPORT} name local folders ({', '.join(local)}): others can read "
             "these names, and cannot run that recipe"
         )
+    paths = _evaluated_paths(folder)
+    if paths:
+        notes.append(f"{EVALUATION} names folders of this machine ({', '.join(paths)})")
     return notes
+
+
+def _evaluated_paths(folder: Path) -> list[str]:
+    """The absolute paths by which its evaluation names models."""
+    if not (folder / EVALUATION).is_file():
+        return []
+    models = read_mapping(folder / EVALUATION, str(folder)).get("models")
+    named = [model.get("model") for model in models or () if isinstance(model, dict)]
+    return [name for name in named if isinstance(name, str) and Path(name).is_absolute()]
 
 
 def _is_local(entry: Mapping[str, Any]) -> bool:
@@ -137,11 +150,23 @@ def _is_local(entry: Mapping[str, Any]) -> bool:
 
 
 def _local_models(folder: Path) -> list[str]:
-    """The sources without a commit in the report, as it names them."""
-    inputs = read_mapping(folder / REPORT, str(folder)).get("inputs")
+    """The sources without a commit in the report, as it names them; also those of its stages."""
+    report = read_mapping(folder / REPORT, str(folder))
+    inputs, stages = report.get("inputs"), report.get("stages") or []
+    if isinstance(stages, list) and isinstance(inputs, list):
+        made = [stage for stage in stages if isinstance(stage, dict)]
+        names = [stage.get("name") for stage in made]
+        all_inputs = [*inputs, *(entry for stage in made for entry in stage.get("inputs") or ())]
+        inputs = [e for e in all_inputs if not isinstance(e, dict) or not _is_made(e, names)]
     if not isinstance(inputs, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry in inputs
     ):
         message = "is not a report of merge-cli: it does not list its inputs"
         raise CorruptFileError(message, model=str(folder), file=REPORT)
-    return [entry["model"] for entry in inputs if _is_local(entry)]
+    return list(dict.fromkeys(entry["model"] for entry in inputs if _is_local(entry)))
+
+
+def _is_made(entry: Mapping[str, Any], stages: Collection[Any]) -> bool:
+    """Whether a source is what another document of the same recipe makes, or comes with OUT."""
+    model = entry.get("model")
+    return model in stages or str(model).startswith("./stages/")

@@ -9,7 +9,7 @@ import pytest
 
 from merge_cli.evaluation.quality_check import overlap_notes
 from merge_cli.evaluation.run import as_spec
-from merge_cli.planning.planner import load_recipe
+from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.dam_tiny import config, write_models, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -27,8 +27,9 @@ def test_rows_of_training_in_an_evaluation(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, names=("a", "b")))
     own = as_spec([rows(tmp_path / "own.jsonl", ["something", "else"])])
     shared = as_spec([rows(tmp_path / "shared.jsonl", ["b  3", "a 1 ", "else"])])
-    assert overlap_notes(recipe, own) == []
-    (note,) = overlap_notes(recipe, shared)
+    plan = make_plan(recipe)
+    assert overlap_notes(plan, own) == []
+    (note,) = overlap_notes(plan, shared)
     assert note.startswith("2 of 3 rows of the evaluation shared are among those")
 
 
@@ -42,5 +43,7 @@ def test_rows_of_a_search_in_an_evaluation(tmp_path: Path) -> None:
         "  - {task: loss, data: search.jsonl}\n  - {task: loss, data: test.jsonl, split: test}\n"
     )
     recipe = load_recipe(path)
-    (note,) = overlap_notes(recipe, as_spec([tmp_path / "search.jsonl", tmp_path / "test.jsonl"]))
+    (note,) = overlap_notes(
+        make_plan(recipe), as_spec([tmp_path / "search.jsonl", tmp_path / "test.jsonl"])
+    )
     assert note.startswith("6 of 6 rows of the evaluation search ")

@@ -16,6 +16,7 @@ import torch
 
 import merge_cli
 from merge_cli.errors import CorruptFileError, HubError, SourceError, UsageError
+from merge_cli.publishing.package import pack
 from tests.support.command import failed
 from tests.support.hub_server import HubServer
 from tests.support.tiny import Family, llama_config, read_model, write_model
@@ -323,6 +324,24 @@ def test_dry_run_asks_nothing(hub: HubServer, merged: Path) -> None:
     assert found["files"].keys() == {p.name for p in merged.iterdir()}
     assert found["bytes"] == sum(found["files"].values())
     assert done.stderr == ""
+
+
+def test_notes_name_what_others_cannot_reach(merged: Path) -> None:
+    """Models of stages, and paths of an evaluation; no stage, which has no folder any more."""
+    report = json.loads((merged / "merge_report.json").read_text())
+    local = {"model": "../a", "revision": None}
+    fetched = {"model": "org/x", "revision": "0" * 40}
+    report["inputs"] = [{"model": "first", "revision": None}, fetched, local]
+    report["stages"] = [{"name": "first", "inputs": [local, {"model": "../b", "revision": None}]}]
+    (merged / "merge_report.json").write_text(json.dumps(report))
+    models = [{"model": merged.name}, {"model": "/home/me/base"}]
+    (merged / "merge_evaluation.json").write_text(json.dumps({"models": models, "unmet": []}))
+    notes = pack(merged, "org/m").notes
+    assert any("name local folders (../a, ../b)" in note for note in notes)
+    assert any(
+        "merge_evaluation.json names folders of this machine (/home/me/base)" in note
+        for note in notes
+    )
 
 
 def test_command_line(hub: HubServer, merged: Path) -> None:
