@@ -105,10 +105,10 @@ def answer(
 
     room = min(sampling.max_tokens, live.max_length - len(ids))
     config = _generation(live, sampling, room)
-    defaults, device = live.net.generation_config, live.net.device
+    defaults, device = live.net.generation_config, live.input_device
     prompt = torch.tensor([list(ids)], dtype=torch.long, device=device)
     live.net.generation_config = config
-    cuda = [device] if device.type == "cuda" else []
+    cuda = [device] if device.startswith("cuda") else []
     try:
         with (
             torch.inference_mode(),

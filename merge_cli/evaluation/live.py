@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,8 +68,9 @@ class LiveModel:
 
     @property
     def input_device(self) -> str:
-        """The device for inputs."""
-        return str(self.net.device)
+        """The device for inputs: of a model whose weights are all read layer by layer the CPU."""
+        device = str(self.net.device)
+        return "cpu" if device == "meta" else device
 
     @property
     def offloaded(self) -> bool:
@@ -87,7 +90,7 @@ class LiveModel:
         """Logits [batch, length, vocabulary] of token ids and attention mask [batch, length]."""
         import torch
 
-        device = self.net.device
+        device = self.input_device
         with torch.inference_mode():
             logits = self.net(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
@@ -157,6 +160,7 @@ def load(
     )
     device_words = f"{devices.name} ({devices.reason})"
     options: dict[str, Any] = {"dtype": getattr(torch, dtype_name)}
+    options |= _decoding(source)
     folder = None
     if weight_bytes > memory_limit:
         _need_accelerate(source.label, weight_bytes, memory_limit)
@@ -200,6 +204,26 @@ def load(
         seed,
         _folder=folder,
     )
+
+
+def _decoding(source: Source) -> dict[str, Any]:
+    """How transformers is asked to decode weights of compressed-tensors whose activations are not
+    quantised: the model is the same. By itself it decodes them to bfloat16, whatever the rest is.
+    """
+    about = source.quantization.get("quantization_config")
+    if not isinstance(about, dict) or about.get("quant_method") != "compressed-tensors":
+        return {}
+    groups = about.get("config_groups")
+    weights_only = isinstance(groups, dict) and not any(
+        isinstance(group, dict) and group.get("input_activations") for group in groups.values()
+    )
+    if not weights_only:
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    named = inspect.signature(CompressedTensorsConfig.__init__).parameters
+    asked = {"dequantize": True} if "dequantize" in named else {"run_compressed": False}
+    return {"quantization_config": CompressedTensorsConfig(**asked)}
 
 
 def context_of(config: Any, requested: int | None) -> int:
@@ -264,18 +288,23 @@ def _need_accelerate(label: str, needed: int, limit: int) -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide transformers' progress bars and advice."""
+    """Hide progress bars and advice, of transformers and of what it loads models with."""
     import transformers
+    from tqdm import tqdm
 
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
+    begin_bar = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(begin_bar, disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
             yield
     finally:
+        tqdm.__init__ = begin_bar
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()

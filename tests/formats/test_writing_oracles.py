@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 
+import merge_cli
 from tests.support.encoded import WORDS, about, numbers_of, read_model, recipe, same_files, written
 from tests.support.tiny import Tensors, llama_config, merge, write_model
 
@@ -286,3 +287,26 @@ def test_gpt_oss_keeps_the_blocks_that_no_source_changed(tmp_path: Path) -> None
     assert about(tmp_path / "out") == about(base)
     twin = changed[name][2, :32, 9]
     assert (numbers_of(tmp_path / "out")[name][2, :32, 9] - twin).abs().max() <= 0.125
+
+
+@pytest.mark.parametrize("word", ["mxfp4", "nvfp4"])
+def test_what_is_written_can_be_evaluated(tmp_path: Path, zoo: Path, word: str) -> None:
+    """In float32, as every model on a CPU: the numbers of the decoded model, nearly, since
+    compressed-tensors rounds scales of scales to bfloat16.
+    """
+    pytest.importorskip("compressed_tensors")
+    values = {}
+    models = [{"model": str(zoo / "math")}, {"model": str(zoo / "code")}]
+    for name, about_it in {
+        "coded": {"models": models, "out_dtype": word},
+        "decoded": {"models": [{"model": "coded"}], "dtype": "float32"},
+    }.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps({"merge_method": "linear", **about_it}))
+        merge(path, tmp_path / name)
+        result = merge_cli.evaluate(
+            tmp_path / name, [zoo / "data" / "math.val.jsonl"], limit=5, device="cpu"
+        )
+        assert result.dtype.startswith("float32")
+        values[name] = result["math"]["loss"].value
+    assert values["coded"] == pytest.approx(values["decoded"], rel=2e-3)

@@ -202,8 +202,8 @@ class ExactMatch(DataTask):
             with torch.inference_mode(), _greedy(live.net, config):
                 written = live.net.generate(
                     logits_processor=[lambda _, logits: self._finite(logits, live)],
-                    input_ids=ids.to(live.net.device),
-                    attention_mask=mask.to(live.net.device),
+                    input_ids=ids.to(live.input_device),
+                    attention_mask=mask.to(live.input_device),
                     generation_config=config,
                     tokenizer=live.tokenizer if self.stop else None,
                 )[:, width:]
