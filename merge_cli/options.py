@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from merge_cli.errors import UsageError
+
 DEFAULT_MEMORY = 1_250_000_000
 
 
@@ -45,6 +47,10 @@ class MergeOptions:
     accept_best: bool = False
     keep_stages: bool = False
     ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads must be at least 1, not {self.threads}")
 
     def on_engine(self, engine: str) -> MergeOptions:
         """The same, with what a recipe says of it: an address that is given is preferred."""

@@ -10,6 +10,7 @@ import typer
 
 from merge_cli.cli.options import QuietOption, complete_method, switch
 from merge_cli.errors import UsageError
+from merge_cli.system.shell import command
 
 if TYPE_CHECKING:
     from merge_cli.console import Screen
@@ -108,7 +109,8 @@ def init(
     drafting.write_scaffold(scaffold, output, overwrite, of_recipes)
     if not quiet:
         screen.out.print(f"[green]✓[/green] {scaffold.method}: {output}", soft_wrap=True)
-        screen.out.print(f"  next    merge-cli plan {output}", soft_wrap=True)
+        next_one = command("plan", output)
+        screen.out.print(f"  next    {next_one}", soft_wrap=True, markup=False)
 
 
 def _questions(screen: Screen, silent: bool) -> Questions:

@@ -104,14 +104,14 @@ def run(
         ),
     ] = None,
     tune_evaluations: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
-            help="Number of values that --tune tries.",
+            help="Number of values that --tune tries.  [default: 12]",
             min=1,
             rich_help_panel=TUNING,
         ),
-    ] = 12,
+    ] = None,
     eval_file: EvalOption = None,
     data: DataOption = None,
     gate: GateOption = None,
@@ -190,10 +190,10 @@ def run(
     if unsafe_truncate_embeddings:
         loaded, more = mergekit_flags.truncating(loaded)
         lines += more
-    if tune or tune_on:
-        from merge_cli.evolve.tuning import tuned
+    if tune or tune_on or tune_evaluations:
+        from merge_cli.evolve.tuning import EVALUATIONS, tuned
 
-        loaded = tuned(loaded, tune or [], tune_on or [], tune_evaluations)
+        loaded = tuned(loaded, tune or [], tune_on or [], tune_evaluations or EVALUATIONS)
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 

@@ -77,6 +77,8 @@ def compare(
     from merge_cli.evaluation.gates import read_gates
     from merge_cli.evaluation.run import as_spec
 
+    if not recipes:
+        raise UsageError("nothing to compare: no recipe", hint="Name one recipe or more.")
     spec = as_spec(tasks).limited(limit)
     conditions = read_gates(gates, no_worse, spec.tasks)
     references = [gate.reference for gate in conditions if gate.reference]

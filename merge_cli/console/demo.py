@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.system.machine import show_seconds
+from merge_cli.system.shell import command
 from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def print_demo(console: Console, demo: Demo, seconds: float) -> None:
     }
     for label, path in files.items():
         console.print(f"  {label:<14}{escape(str(path))}", soft_wrap=True)
-    ask = f"merge-cli chat {demo.merged} --against {demo.out / BASE}"
+    ask = command("chat", demo.merged, "--against", demo.out / BASE)
     console.print(f"  {'ask it':<14}{escape(ask)}", soft_wrap=True)
     console.print(f"[dim]{show_seconds(seconds)}[/dim]")
 

@@ -11,6 +11,7 @@ from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import make_plan
 from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.data import Data
+from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import Recipe
 
 _NAMES = ("{}.train.jsonl", "{}.jsonl", "{}.train.parquet", "{}.parquet", "{}.txt")
@@ -39,6 +40,28 @@ def data_of(models: Sequence[str], given: Sequence[Path]) -> tuple[str, ...]:
         return tuple(str(path) for path in given)
     files = [_beside(model) for model in models]
     return tuple(str(path) for path in files if path) if all(files) else ()
+
+
+def data_by_model(recipe: Recipe, models: Sequence[str], files: Sequence[str]) -> tuple[str, ...]:
+    """The files of a recipe's models, which has each model once; empty where there are none.
+
+    Args:
+        models: as they were named, perhaps twice, or the base among them.
+        files: of these, one each, or none.
+
+    Raises:
+        UsageError: a file of a model that is none of the recipe's.
+    """
+    if not files:
+        return ()
+    taken: dict[ModelRef, str] = {}
+    for model, file in zip(models, files, strict=True):
+        reference = parse_reference(model, recipe.folder)
+        if reference in taken or all(spec.model != reference for spec in recipe.models):
+            message = f"{model} is named twice, or is the base: its data ({file}) have no model"
+            raise UsageError(message, hint="Name every --model, and its --data, once.")
+        taken[reference] = file
+    return tuple(taken[spec.model] for spec in recipe.models)
 
 
 def with_data(recipe: Recipe, files: Sequence[str]) -> Recipe:

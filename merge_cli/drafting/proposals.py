@@ -5,7 +5,7 @@ Where weights are read, `analysis.advice` proposes. Each parameter starts with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from merge_cli.analysis.advice import EXPERIMENTS, SLERP, whole_models
@@ -16,6 +16,7 @@ from merge_cli.errors import UsageError
 from merge_cli.methods.method import Method
 from merge_cli.methods.registry import get_method
 from merge_cli.recipe.automatic import Budget
+from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar
 
@@ -67,13 +68,18 @@ def from_headers(inspection: ModelInspection) -> Advice:
     )
 
 
-def from_data(inspection: ModelInspection, files: Sequence[str]) -> Advice:
+def from_data(
+    inspection: ModelInspection, files: Sequence[str], kept: Collection[ModelRef] | None = None
+) -> Advice:
     """Let the data choose, where every model has some.
 
     Args:
         files: one for each model.
+        kept: those that are worth merging; None takes all.
     """
-    indexes = list(range(len(inspection.model_set.models)))
+    models = inspection.recipe.models
+    indexes = [i for i, spec in enumerate(models) if kept is None or spec.model in kept]
+    files = [files[i] for i in indexes]
     recipe = whole_models(inspection.recipe, "auto", indexes, {}, {})
     models = tuple(replace(spec, parameters={}) for spec in recipe.models)
     recipe = replace(recipe, models=models, budget=Budget(minutes=_MINUTES))
@@ -160,10 +166,11 @@ def _arranged(inspection: ModelInspection, method: Method) -> Recipe:
     if len(models) < least or (most is not None and len(models) > most):
         many = f"{least}" if least == most else f"{least} or more"
         plural = "s" * (many != "1")
-        raise UsageError(
-            f"{name} merges {many} model{plural}; here are {len(models)}",
-            hint="merge-cli methods lists the others.",
-        )
+        counted, hint = "", "merge-cli methods lists the others."
+        if method.base_is_source and recipe.base_model is not None and len(models) - 1 == most:
+            counted, hint = ", the base included", "Leave --base out."
+        message = f"{name} merges {many} model{plural}; here are {len(models)}{counted}"
+        raise UsageError(message, hint=hint)
     return recipe
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from merge_cli.analysis.advised_recipe import advice_text
 from merge_cli.analysis.result import Advice
 from merge_cli.analysis.run import analyze
-from merge_cli.drafting.data import data_of, why_not
+from merge_cli.drafting.data import data_by_model, data_of, why_not
 from merge_cli.drafting.inspection import ModelInspection, inspect_model
 from merge_cli.drafting.proposals import by_method, from_data, from_headers
 from merge_cli.errors import MismatchError, Problem, UsageError
@@ -71,8 +71,12 @@ def study_models(
     Raises:
         SourceError, MismatchError, UsageError: see `inspect_model` and `refuse_replacing`.
     """
-    files = data_of(models, data)
     inspection = inspect_model(base, models)
+    files = data_of(models, data)
+    if files and (data or len(models) == len(inspection.recipe.models)):
+        files = data_by_model(inspection.recipe, models, files)
+    elif files:
+        files = data_of([str(spec.model) for spec in inspection.recipe.models], ())
     _refuse_replacing(results or {}, inspection, files)
     notes = inspection.notes()
     if (
@@ -94,7 +98,8 @@ def study_models(
     )
     if advice.recipe is not None:
         if files:
-            automatic = from_data(inspection, files)
+            kept = [spec.model for spec in advice.recipe.models]
+            automatic = from_data(inspection, files, kept)
             assert automatic.recipe is not None, "it always has one"
             refused = why_not(automatic.recipe, options or MergeOptions())
             notes.append(f"data: {', '.join(files)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +146,7 @@ def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
 
     Raises:
         RecipeError: an invalid evaluation file.
-        UsageError: neither is given, or two tasks have one name.
+        UsageError: neither is given, or a file twice.
     """
     if eval_file is None and not data:
         hint = "Give --data FILE for its loss, or --eval FILE for other tasks (docs/evaluate.md)."
@@ -153,12 +154,10 @@ def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
     if eval_file is None:
         return as_spec(data)
     spec = read_eval(eval_file)
-    tasks = (*spec.tasks, *(as_spec(data).tasks if data else ()))
-    names = [task.name for task in tasks]
-    duplicate = next((name for name in names if names.count(name) > 1), None)
-    if duplicate is not None:
-        raise UsageError(f"two tasks are called '{duplicate}'", hint="Give one another `name`.")
-    return replace(spec, tasks=tasks)
+    taken = {task.name for task in spec.tasks}
+    files = as_spec(data).tasks if data else ()
+    more = (_fully_named(task) if task.name in taken else task for task in files)
+    return replace(spec, tasks=(*spec.tasks, *more))
 
 
 def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> EvalSpec | None:
@@ -173,7 +172,11 @@ def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> Ev
 
 
 def as_spec(tasks: str | Path | EvalSpec | Sequence[str | Path | Task]) -> EvalSpec:
-    """Tasks in any of the forms that `evaluate` takes."""
+    """Tasks in any of the forms that `evaluate` takes.
+
+    Raises:
+        UsageError: no tasks, or one of them twice.
+    """
     if isinstance(tasks, EvalSpec):
         return tasks
     if isinstance(tasks, str | Path):
@@ -185,8 +188,13 @@ def as_spec(tasks: str | Path | EvalSpec | Sequence[str | Path | Task]) -> EvalS
         task if isinstance(task, Task) else LossTask(name=default_name(task), data=Path(task))
         for task in tasks
     ]
-    if len({task.name for task in listed}) < len(listed):
-        listed = [_fully_named(task) for task in listed]
+    names = Counter(task.name for task in listed)
+    listed = [_fully_named(task) if names[task.name] > 1 else task for task in listed]
+    twice = next((name for name, n in Counter(t.name for t in listed).items() if n > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is to be evaluated twice", hint="Name each file or task once.")
+    if not listed:
+        raise UsageError("nothing to evaluate: no task", hint="Name a file of data, for its loss.")
     return EvalSpec(tuple(listed))
 
 

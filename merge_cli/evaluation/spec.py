@@ -46,12 +46,17 @@ class EvalSpec:
         """With the settings that are not None.
 
         Raises:
-            UsageError: an unknown dtype.
+            UsageError: an unknown dtype; a number below one.
         """
         present = {name: value for name, value in settings.items() if value is not None}
         dtype = present.get("dtype", self.dtype)
         if dtype not in ("auto", *DTYPES):
-            raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
+            known = ("auto", *DTYPES)
+            raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), known))
+        for name in ("threads", "max_length", "batch_tokens"):
+            given = present.get(name)
+            if isinstance(given, int) and given < 1:
+                raise UsageError(f"{name} must be at least 1, not {given}")
         return replace(self, **present)  # type: ignore[arg-type]  # fields by name
 
     def files(self) -> list[Path]:
@@ -64,9 +69,15 @@ class EvalSpec:
         return [model for task in self.tasks for model in task.models()]
 
     def limited(self, limit: int | None) -> EvalSpec:
-        """With at most `limit` rows of each task; as it is for None."""
+        """With at most `limit` rows of each task; as it is for None.
+
+        Raises:
+            UsageError: fewer rows than one.
+        """
         if limit is None:
             return self
+        if limit < 1:
+            raise UsageError(f"limit must be at least 1, not {limit}")
         return replace(self, tasks=tuple(replace(task, limit=limit) for task in self.tasks))
 
 

@@ -5,6 +5,7 @@ merge-cli run recipe.yaml out --tune lambda=0:1 --tune-on val.jsonl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,8 @@ def tuned(
         data: text, whose loss is minimised.
 
     Raises:
-        UsageError: an invalid range, no data, a recipe that learns or searches, or one whose
-            result is no complete model.
+        UsageError: an invalid range, a parameter twice, no data, a recipe that learns or searches,
+            or one whose result is no complete model.
         RecipeError: a parameter that the method does not have, or outside its range.
     """
     if recipe.sweep:
@@ -56,6 +57,9 @@ def tuned(
         )
     searched = tuple(_range(text, recipe) for text in ranges)
     names = {parameter.name for parameter in searched}
+    if len(names) < len(searched):
+        (twice, _), *_ = Counter(parameter.name for parameter in searched).most_common()
+        raise UsageError(f"--tune: {twice} has two ranges", hint="Give each parameter one.")
 
     def without(spec: SourceSpec) -> SourceSpec:
         return replace(

@@ -27,6 +27,7 @@ from merge_cli.lora.adapter import WEIGHTS, Adapter
 from merge_cli.sources.single_file import (
     SAFETENSORS,
 )
+from merge_cli.system.shell import command
 
 if TYPE_CHECKING:
     from merge_cli.remote.models import RemoteModel
@@ -167,7 +168,7 @@ def require_safetensors(source: Source) -> None:
     """
     if not source.is_safetensors:
         message = "its weights are read while merging, and here the model is run"
-        hint = f"Convert it first: merge-cli convert {source.label} OUT, and name OUT."
+        hint = f"Convert it first: {command('convert', source.label, 'OUT')}, and name OUT."
         raise SourceError(message, model=source.label, hint=hint)
 
 

@@ -28,6 +28,7 @@ from merge_cli.checkpoint.repository import Repository
 from merge_cli.checkpoint.stored_tensors import StoredTensors
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.endings import PICKLES
+from merge_cli.system.shell import command
 from merge_cli.system.untrusted import Unreadable, kind_of, parse_json, read_json
 
 
@@ -232,7 +233,8 @@ def find_shards(
     pickled = sorted(name for name in names if name.endswith(PICKLES))
     if pickled:
         message = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
-        hint = f"Write it as safetensors; nothing in it is run: merge-cli convert {label} converted"
+        convert = command("convert", label, "converted")
+        hint = f"Write it as safetensors; nothing in it is run: {convert}"
         raise SourceError(message, model=label, hint=hint)
     packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     if packed:

@@ -294,6 +294,37 @@ def test_data_are_given_or_too_few(family: Family, tmp_path: Path) -> None:
     assert written(path)["merge_method"] != "auto"
 
 
+def test_a_model_that_is_named_twice(family: Family, tmp_path: Path) -> None:
+    """It is drafted once. Its data are those beside it; two files of it would be one too many."""
+    a, b = with_data(family, tmp_path, 100)
+    flags_of, path = study_flags(tmp_path), tmp_path / "r.yaml"
+    twice = ["--model", f"{tmp_path}/a"]
+    for more in ([], ["--headers-only"]):
+        done = cli("init", *flags_of, *twice, *more, "-o", path, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert [model["data"]["files"] for model in written(path)["models"]] == [
+            ["a.jsonl"], ["b.jsonl"]
+        ]  # fmt: skip
+    out = ["-o", path, "--overwrite"]
+    given = [word for file in (a, b, a) for word in ("--data", str(file))]
+    failed(cli("init", *flags_of, *twice, *given, *out), 2, "is named twice")
+    base = ["--model", f"{tmp_path}/base"]
+    failed(cli("init", *flags_of, *base, *given, *out), 2, "or is the base")
+    slerp = cli("init", *flags_of, "--method", "slerp", "-o", path, "--overwrite")
+    failed(slerp, 2, "the base included", "Leave --base out")
+
+
+def test_data_do_not_choose_between_a_model_and_its_copy(family: Family, tmp_path: Path) -> None:
+    with_data(family, tmp_path, 100)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "copy.jsonl")
+    path = tmp_path / "r.yaml"
+    done = cli("init", *study_flags(tmp_path), "--model", f"{tmp_path}/copy", "-o", path)
+    assert done.returncode == 0, done.stderr
+    assert written(path)["merge_method"] == "auto"
+    assert [model["model"] for model in written(path)["models"]] == ["./a", "./b"]
+
+
 def test_yes_is_no_file_name() -> None:
     ask, said = asked("y\nmine.yaml\n")
     assert ask.path(Path("recipe.yaml")) == Path("mine.yaml")

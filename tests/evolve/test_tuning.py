@@ -12,6 +12,7 @@ from merge_cli.cli import app
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.evolve.tuning import tuned
 from merge_cli.planning.planner import load_recipe
+from tests.support.command import cli, failed
 from tests.support.evolve_tiny import merge as merge_all
 from tests.support.evolve_tiny import run_search, write_family
 
@@ -63,6 +64,14 @@ def test_a_parameter_of_models_is_one_number_for_all(folder: Path) -> None:
 def test_mistakes_are_told(folder: Path, ranges: list[str], message: str) -> None:
     with pytest.raises((UsageError, RecipeError), match=message):
         tuned(load_recipe(folder / "recipe.yaml"), ranges, [folder / "a.search.jsonl"])
+
+
+def test_a_parameter_has_one_range(folder: Path) -> None:
+    recipe, data = load_recipe(folder / "recipe.yaml"), [folder / "a.search.jsonl"]
+    with pytest.raises(UsageError, match="lambda has two ranges"):
+        tuned(recipe, ["lambda=0:1", "weight=0:1", "lambda=0:2"], data)
+    alone = cli("run", folder / "recipe.yaml", folder / "out", "--tune-evaluations", "5")
+    failed(alone, 2, "--tune needs text")
 
 
 def test_data_is_needed_and_the_method_must_be_plain(folder: Path) -> None:
