@@ -193,12 +193,13 @@ def extraction_card(plan: Plan, extracted: ExtractedAdapter, cut: RankTruncation
     repository = next((repository.repo_id for repository in repositories(base)), None)
     front = _front_matter(repository, [tuned])
     ranks = [change.rank for change in extracted.changes if change.rank is not None]
-    size = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no factors"
+    size = _of_ranks(ranks) if ranks else "no factors"
     text = [
         f"What `{tuned.label}` has changed of `{base.label}`, extracted by merge-cli: {size} "
         f"(cut at {cut}), {100 * extracted.share:.1f} % of the change's sum of squares.",
         *(
-            f"Left out, {100 * share:.1f} % of the change: {why}."
+            # What a reader of the card cannot do is not in it: which option would have helped.
+            f"Left out, {100 * share:.1f} % of the change: {why.partition(': --')[0]}."
             for why, (_, share) in extracted.left_out().items()
         ),
     ]
@@ -214,7 +215,7 @@ def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, An
     ranks = [module["rank"] for module in adapter["modules"].values()] or [0]
     text = [
         f"A {plan.recipe.merge_method} merge of the adapters {sources}, made by merge-cli without "
-        f"their base model: rank {min(ranks)} to {max(ranks)}, "
+        f"their base model: {_of_ranks(ranks)}, "
         f"{100 * adapter['share']:.1f} % of the merged change's sum of squares.",
         "",
         "## Recipe",
@@ -222,6 +223,11 @@ def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, An
         f"```yaml\n{report['recipe']['text'].strip()}\n```",
     ]
     return card(front, title, text, base)
+
+
+def _of_ranks(ranks: Sequence[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return f"rank {low}" if low == high else f"rank {low} to {high}"
 
 
 def _front_matter(base: str | None, sources: Iterable[Source]) -> dict[str, Any]:
@@ -251,7 +257,7 @@ def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | 
         "from transformers import AutoModelForCausalLM",
         "",
         f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base or 'BASE')})",
-        f"model = PeftModel.from_pretrained(base, {json.dumps(title)})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(title)})  # this folder",
         "```",
         "",
     ]

@@ -76,8 +76,7 @@ def analyze(
         analysis = measure(
             **selection, seed=seed, options=options, on_progress=on_progress, results=results
         )
-    hint = write_recipe is None
-    screen.analysis(analysis, layers=layers, as_json=as_json, recipe_hint=hint)
+    # Files first: whoever reads stdout may go before its end.
     if html is not None:
         from merge_cli.analysis.page import write_page
 
@@ -88,6 +87,8 @@ def analyze(
 
         write(analysis, write_recipe)
         screen.notes([f"recipe written to {write_recipe}"])
+    hint = write_recipe is None
+    screen.analysis(analysis, layers=layers, as_json=as_json, recipe_hint=hint)
 
 
 def _is_recipe(arguments: list[str]) -> bool:

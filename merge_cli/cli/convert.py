@@ -16,8 +16,8 @@ def convert(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder or Hub id with pickled weights, a GGUF file, or a folder with a "
-            "distributed checkpoint (DCP).",
+            help="Pickled weights (a folder, a Hub id, one file), a GGUF file, or a folder with a "
+            "distributed checkpoint (DCP). To write a GGUF file, any model.",
         ),
     ],
     out: Annotated[
@@ -35,7 +35,8 @@ def convert(
     config: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Take config.json and tokenizer from this model (GGUF, DCP)."
+            metavar="MODEL",
+            help="Take config.json and tokenizer from this model: for GGUF, DCP and single files.",
         ),
     ] = None,
     max_memory: Annotated[

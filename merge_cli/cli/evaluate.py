@@ -23,6 +23,7 @@ from merge_cli.cli.options import (
     ThreadsOption,
     switch,
 )
+from merge_cli.errors import UsageError
 
 
 def evaluate(
@@ -125,5 +126,13 @@ def evaluate(
 
 
 def _named_by(name: str, others: list[str]) -> str:
-    """The model that a gate's name means: `base` is the one given as `--against zoo/base`."""
-    return next((o for o in others if name in (o, Path(o).name)), name)
+    """The model that a gate's name means: `base` is the one given as `--against zoo/base`.
+
+    Raises:
+        UsageError: none of those, and neither a folder nor the id of a model.
+    """
+    named = next((o for o in others if name in (o, Path(o).name)), name)
+    if named == name and name not in others and "/" not in name and not Path(name).is_dir():
+        message = f"a gate compares with '{name}', which is none of the models of --against"
+        raise UsageError(message, hint=f"Add --against FOLDER/{name}.")
+    return named

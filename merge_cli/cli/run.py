@@ -107,7 +107,8 @@ def run(
         int | None,
         typer.Option(
             metavar="N",
-            help="Number of values that --tune tries.  [default: 12]",
+            help="Number of values that --tune tries.",
+            show_default="12",
             min=1,
             rich_help_panel=TUNING,
         ),

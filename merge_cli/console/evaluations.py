@@ -48,14 +48,14 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
                 console.print(f"[yellow]![/yellow] {escape(f'{of}{name}: {note}')}")
     for other in models[1:]:
         console.print(escape(_conclusion(models[0], other)), highlight=False)
-    cached = sum(task["cached"] for model in models for task in model["tasks"].values())
-    costs = [task["cost"] for model in models for task in model["tasks"].values()]
+    tasks = [task for model in models for task in model["tasks"].values()]
+    costs = [task["cost"] for task in tasks if not task["cached"]]
     tokens, seconds = (sum(cost[key] for cost in costs) for key in ("tokens", "seconds"))
-    from_cache = f"; {cached} of {len(costs)} results were cached" if cached else ""
-    console.print(
-        f"[dim]{tokens:,} tokens in {seconds:.1f} s, {models[0]['dtype']}, "
-        f"{models[0]['device']}{from_cache}[/dim]"
-    )
+    parts = [f"{tokens:,} tokens in {seconds:.1f} s"] if costs else []
+    if len(costs) < len(tasks):
+        parts.append(f"{len(tasks) - len(costs)} of {len(tasks)} results from the cache")
+    parts += [models[0]["dtype"], models[0]["device"]]
+    console.print(f"[dim]{', '.join(parts)}[/dim]")
 
 
 def _table(heads: Sequence[str], numbers: Sequence[str]) -> Table:

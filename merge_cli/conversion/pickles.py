@@ -20,6 +20,7 @@ from merge_cli.formats.endings import PICKLES
 from merge_cli.hub import models as hub
 from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
+from merge_cli.system.machine import show_size
 from merge_cli.system.paths import require_names, require_text
 from merge_cli.system.processes import child
 from merge_cli.system.raw_io import write_error
@@ -150,7 +151,7 @@ def _in_a_process(job: PickleJob, file: Path, target: Path, seen: Sequence[str])
     except ValueError:
         last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         if "memory" in last.lower() or process.returncode < 0:
-            message = f"{file.name} needs more memory than {limit / 1e9:.1f} GB"
+            message = f"{file.name} needs more memory than {show_size(limit)}"
             raise ResourceError(message, hint="Give it more with --max-memory.") from None
         message = f"cannot be converted: {last}"
         raise SourceError(message, model=job.model, file=file.name) from None

@@ -87,7 +87,7 @@ def convert(
         ResourceError: the disk is full, memory ran out, another process writes to OUT; no torch.
         Interrupted: the same call resumes.
     """
-    if out.suffix == GGUF:
+    if out.suffix.lower() == GGUF:
         if config or fresh:
             flag = "--config" if config else "--fresh"
             raise UsageError(f"{flag} is not for writing a GGUF file", where=str(out))

@@ -116,7 +116,7 @@ def _on_number(text: str, metrics: Metrics) -> Gate:
 def _on_model(text: str, metrics: Metrics) -> Gate:
     match = _NO_WORSE.fullmatch(text)
     margin = _number(match["margin"] or "0") if match else None
-    if match is None or margin is None:
+    if match is None or margin is None or margin < 0:
         hint = "Write it like base:japanese.loss or base:japanese.loss+2%."
         raise UsageError(f"'{text}' does not name a model and a metric", hint=hint)
     task, metric = _named(match["metric"], text, metrics)

@@ -51,8 +51,8 @@ class EvalSpec:
         present = {name: value for name, value in settings.items() if value is not None}
         dtype = present.get("dtype", self.dtype)
         if dtype not in ("auto", *DTYPES):
-            known = ("auto", *DTYPES)
-            raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), known))
+            names = ("auto", *DTYPES)
+            raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), names))
         for name in ("threads", "max_length", "batch_tokens"):
             given = present.get(name)
             if isinstance(given, int) and given < 1:

@@ -464,7 +464,7 @@ def test_evaluate_on_the_command_line(zoo: Path, job: Path) -> None:
     assert len((job / "e.jsonl").read_text().splitlines()) == 2 * (12 + 4)
     table = cli("evaluate", zoo / "math", "--eval", job / "eval.yaml", "--against", zoo / "base")
     assert "better" in table.stdout
-    assert "results were cached" in table.stdout
+    assert "results from the cache" in table.stdout
     failed(cli("evaluate", zoo / "math"), 2, "nothing to evaluate")
     failed(cli("evaluate", zoo / "math", "--data", job / "no.jsonl"), 3, "no such data file")
     done = cli("evaluate", zoo / "math", "--eval", job / "eval.yaml", "--gate", "base:code")

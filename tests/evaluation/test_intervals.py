@@ -141,7 +141,8 @@ def test_unmet_gates_are_all_told() -> None:
     [("math=1", "", "is not a gate"), ("math<=x", "", "is not a gate"),
      ("maths<=1", "", "Did you mean 'math'"), ("math.los<=1", "", "Did you mean 'loss'"),
      ("math<=nan", "", "is not a gate"),
-     ("", "math.loss", "does not name a model"), ("", "base:mat.loss", "Did you mean 'math'")],
+     ("", "math.loss", "does not name a model"),
+     ("", "base:math+-2%", "does not name a model"), ("", "base:mat.loss", "Did you mean 'math'")],
 )  # fmt: skip
 def test_gates_that_make_no_sense_are_refused_before_any_work(
     gate: str, no_worse: str, what: str
