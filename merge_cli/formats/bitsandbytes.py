@@ -38,7 +38,7 @@ from merge_cli.formats.stored_parts import (
     required,
     small_bytes,
 )
-from merge_cli.kernels.codes import look_up
+from merge_cli.kernels.codes import look_up, scale_groups
 
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
@@ -126,16 +126,20 @@ class FourBits(PackedTensor):
 
         out = np.frombuffer(buffer, np.float32)
         stop = start + len(out)
-        raw = np.empty(-(-stop // 2) - start // 2, np.uint8)
-        read(as_bytes(self.codes), start // 2, raw.data)
+        first, last = start // self.block, -(-stop // self.block)
+        begin, whole = start - first * self.block, (last - first) * self.block
+        # Whole blocks are decoded where they are wanted, others beside it.
+        fits = len(out) == whole and out.ctypes.data % 8 == 0
+        numbers = out if fits else np.zeros(whole, np.float32)
+        raw = np.empty(min(whole, self.size - first * self.block + 1) // 2, np.uint8)
+        read(as_bytes(self.codes), first * self.block // 2, raw.data)
         single = read_numbers(read, self.numbers, 0, 16)
         codes = np.arange(256)
         pairs = np.stack([single[codes >> 4], single[codes & 15]], axis=1).view(np.uint64)
-        numbers = look_up(pairs.reshape(-1), raw).view(np.float32)
-        first, last = start // self.block, -(-stop // self.block)
-        scales = np.repeat(self._maxima(read, first, last), self.block)
-        begin = start - first * self.block
-        np.multiply(numbers[start % 2 :][: len(out)], scales[begin : begin + len(out)], out=out)
+        look_up(pairs.reshape(-1), raw, numbers[: 2 * len(raw)].view(np.uint64))
+        scale_groups(numbers[None], self._maxima(read, first, last)[None])
+        if numbers is not out:
+            out[:] = numbers[begin : begin + len(out)]
 
     def _maxima(self, read: Read, first: int, last: int) -> Any:
         """The absolute maxima of blocks [first, last): float32."""
@@ -241,7 +245,7 @@ def _stated(ref: TensorRef, kind: str) -> dict[str, Any]:
     counts = [*shape] if isinstance(shape, list) and shape else [None]
     nested = any(key.startswith("nested_") for key in stated)
     counts += [stated.get(key) for key in ("blocksize", *(["nested_blocksize"] if nested else []))]
-    if any(type(number) is not int or number < 1 for number in counts):
+    if any(type(number) is not int or number < 1 for number in counts) or counts[len(shape)] % 2:
         raise corrupt(f"impossible shape {shape} or block sizes {counts[len(shape or ()) :]}", ref)
     offset = stated.get("nested_offset", 0.0)
     if type(offset) not in (int, float) or not math.isfinite(offset):

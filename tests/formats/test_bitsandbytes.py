@@ -178,6 +178,7 @@ SAID = json.loads(bytes(GOOD[STATE].tolist()))
         ({"nested_absmax": torch.ones(2)}, "does not fit"),
         ({"quant_map": torch.ones(8)}, "does not fit"),
         ({STATE: text(**{**SAID, "blocksize": -64})}, "impossible shape"),
+        ({STATE: text(**{**SAID, "blocksize": 63})}, "impossible shape"),
         ({STATE: text(**{**SAID, "shape": [16, "64"]})}, "impossible shape"),
         ({STATE: text(**{**SAID, "shape": None})}, "impossible shape"),
         ({STATE: text(**{**SAID, "nested_offset": "1"})}, "impossible nested_offset"),
