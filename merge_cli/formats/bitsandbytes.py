@@ -245,7 +245,7 @@ def _stated(ref: TensorRef, kind: str) -> dict[str, Any]:
     counts = [*shape] if isinstance(shape, list) and shape else [None]
     nested = any(key.startswith("nested_") for key in stated)
     counts += [stated.get(key) for key in ("blocksize", *(["nested_blocksize"] if nested else []))]
-    if any(type(number) is not int or number < 1 for number in counts) or counts[len(shape)] % 2:
+    if any(type(number) is not int or number < 1 for number in counts) or (stated["blocksize"] % 2):
         raise corrupt(f"impossible shape {shape} or block sizes {counts[len(shape or ()) :]}", ref)
     offset = stated.get("nested_offset", 0.0)
     if type(offset) not in (int, float) or not math.isfinite(offset):

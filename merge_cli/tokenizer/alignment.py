@@ -79,7 +79,7 @@ class _Alignment:
     def result(self) -> AlignedVocabulary:
         chosen, vocabulary, files = self._output()
         embedding_rows = self._rows[chosen] if self._tokenizer_model is None else 0
-        used_rows = max([embedding_rows, *(number + 1 for number in vocabulary.values())])
+        used_rows = max(embedding_rows, max(vocabulary.values(), default=-1) + 1)
         rows = used_rows
         multiple = self._spec.pad_to_multiple_of
         if multiple:
@@ -220,9 +220,12 @@ class _Alignment:
 
     def _ids(self, vocabulary: Mapping[str, int]) -> Mapping[int, int] | None:
         """How token numbers in the config change."""
-        tokens = {number: t for t, number in self._tokens[self._config_index].items()}
+        before = self._tokens[self._config_index]
+        if before == vocabulary:
+            return None
+        tokens = {number: token for token, number in before.items()}
         moved = {n: vocabulary[t] for n, t in tokens.items() if t in vocabulary}
-        return None if all(a == b for a, b in moved.items()) else moved
+        return None if [*moved] == [*moved.values()] else moved
 
 
 def _vocabulary(source: Source) -> Mapping[str, int]:

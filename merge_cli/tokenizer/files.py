@@ -239,6 +239,11 @@ def check_numbers(source: Source, tokens: Mapping[Any, Any], rows: int) -> None:
         CorruptFileError: a number out of bounds, or two tokens of one number.
     """
     most = rows + len(tokens) - 1
+    numbers = tokens.values()
+    typed = {*map(type, tokens)} <= {str} and {*map(type, numbers)} <= {int}
+    apart = typed and len({*numbers}) == len(tokens)
+    if apart and (not tokens or (min(numbers) >= 0 and max(numbers) <= most)):
+        return  # nothing is wrong; what is takes a look at each
     seen: dict[int, Any] = {}
     for token, number in tokens.items():
         if not isinstance(token, str) or type(number) is not int or not 0 <= number <= most:

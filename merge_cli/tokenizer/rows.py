@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
 from merge_cli.checkpoint.permuted_rows import ZERO, SourceRows
 from merge_cli.errors import Problem
@@ -32,13 +34,24 @@ class SourceVocabulary:
     numbers: Mapping[str, int]
     rows: int
 
-    def rows_by_key(self) -> dict[Key, int]:
-        """Row numbers by token; by themselves for rows without a token."""
-        by_token: dict[Key, int] = {
-            token: number for token, number in self.numbers.items() if 0 <= number < self.rows
-        }
-        used = set(by_token.values())
-        return by_token | {number: number for number in range(self.rows) if number not in used}
+    def rows_of(self, keys: Sequence[Key]) -> Any:
+        """The row of each key, -1 where it has none: numpy int64.
+
+        A key that is a number is that row, if it is there and has no token.
+        """
+        import numpy as np
+
+        get: Any = self.numbers.get
+        found = np.fromiter(map(get, keys, repeat(-1)), np.int64, len(keys))
+        found[found >= self.rows] = -1
+        unnamed = [i for i, key in enumerate(keys) if type(key) is int and key < self.rows]
+        if unnamed:
+            numbers = np.fromiter(self.numbers.values(), np.int64, len(self.numbers))
+            has_token = np.zeros(self.rows, bool)
+            has_token[numbers[(numbers >= 0) & (numbers < self.rows)]] = True
+            rows = np.array([keys[i] for i in unnamed], np.int64)
+            found[unnamed] = np.where(has_token[rows], -1, rows)
+        return found
 
 
 class TokenAligner:
@@ -65,30 +78,29 @@ class TokenAligner:
         """For each source, the origin of each of the output's rows."""
         import numpy as np
 
-        owned = [vocabularies.rows_by_key() for vocabularies in self._vocabularies]
-        count = len(owned)
+        count = len(self._vocabularies)
         source_indexes = np.full((count, len(keys)), ZERO, np.int32)
-        rows_by_key = np.zeros((count, len(keys)), np.int64)
+        rows = np.zeros((count, len(keys)), np.int64)
         means: dict[int, list[RowIndex]] = {}
         unfilled = 0
-        rows_of_sources = np.array([[rows.get(key, -1) for key in keys] for rows in owned])
+        rows_of_sources = np.stack([source.rows_of(keys) for source in self._vocabularies])
         everywhere = (rows_of_sources >= 0).all(axis=0)
         if any(rule.force for rule in self._rules.values()):
             everywhere = everywhere & np.array([not self._forced(key) for key in keys])
         source_indexes[:, everywhere] = np.arange(count)[:, None]
-        rows_by_key[:, everywhere] = rows_of_sources[:, everywhere]
+        rows[:, everywhere] = rows_of_sources[:, everywhere]
         for row in np.flatnonzero(~everywhere).tolist():
             key = keys[row]
             rule = self._rule(key)
-            source_rows = [rows.get(key) for rows in owned]
+            source_rows = [n if n >= 0 else None for n in rows_of_sources[:, row].tolist()]
             default = self._default(key, rule, source_rows)
             unfilled += not default and not (rule and rule.zero)
             for i in range(count):
                 row_here = source_rows[i] if not (rule and rule.force) else None
                 if row_here is not None:
-                    source_indexes[i, row], rows_by_key[i, row] = i, row_here
+                    source_indexes[i, row], rows[i, row] = i, row_here
                 elif default:
-                    source_indexes[i, row], rows_by_key[i, row] = default[0]
+                    source_indexes[i, row], rows[i, row] = default[0]
                     if len(default) > 1:
                         means.setdefault(row, default)
         if unfilled:
@@ -96,11 +108,11 @@ class TokenAligner:
         return [
             SourceRows(
                 source_indexes[i],
-                rows_by_key[i],
+                rows[i],
                 {
                     row: pairs
                     for row, pairs in means.items()
-                    if owned[i].get(keys[row]) is None or self._forced(keys[row])
+                    if rows_of_sources[i, row] < 0 or self._forced(keys[row])
                 },
             )
             for i in range(count)
