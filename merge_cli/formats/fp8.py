@@ -26,7 +26,7 @@ from merge_cli.formats.storage_format import (
     usual_dtype,
 )
 from merge_cli.formats.stored_parts import drop_activations, reject_leftovers
-from merge_cli.kernels.codes import look_up
+from merge_cli.kernels.codes import look_up, scale_groups
 
 FP8_CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
@@ -146,44 +146,50 @@ class DequantizedTensor(Float32):
             return
         columns = self.shape[-1]
         stop = start + len(out)
-        first, last = start // columns, -(-stop // columns)
-        for low, high, scale in self._slabs(read, first, last):
+        for low, high, scales in self._scaled_rows(read, start // columns, -(-stop // columns)):
             begin, end = max(start, low * columns), min(stop, high * columns)
-            slab = out[begin - start : end - start]
-            if not np.ndim(scale):
-                slab *= scale
-                continue
+            part = out[begin - start : end - start]
             # The ends may be parts of rows; what lies between are whole ones.
-            head = -begin % columns
+            head = min(-begin % columns, len(part))
+            whole = (len(part) - head) // columns
+            tail = len(part) - head - whole * columns
             if head:
-                slab[:head] *= scale[columns - head :][: len(slab)]
-            rows_length = (len(slab) - head) // columns * columns if len(slab) > head else 0
-            if rows_length:
-                slab[head : head + rows_length].reshape(-1, columns)[:] *= scale
-            tail = len(slab) - head - rows_length
-            if tail > 0:
-                slab[head + rows_length :] *= scale[:tail]
+                first = (begin - low * columns) % columns
+                part[:head] *= self._across(scales[0], columns)[first : first + head]
+            rows = part[head : head + whole * columns].reshape(whole, columns)
+            scales = scales[1 if head else 0 :]
+            if scales.shape[1] * self.block[1] == columns or scales.shape[1] == 1:
+                scale_groups(rows, scales[:whole])
+            else:
+                rows *= self._across(scales[:whole], columns)
+            if tail:
+                part[len(part) - tail :] *= self._across(scales[whole], columns)[:tail]
 
-    def _slabs(self, read: Read, first: int, last: int) -> Iterator[tuple[int, int, Any]]:
-        """Runs of rows with the same scales: from, to, and a number or one for each column."""
+    def _across(self, scales: Any, columns: int) -> Any:
+        """Scales of blocks [..., blocks] as those of columns [..., columns]."""
+        import numpy as np
+
+        if scales.shape[-1] == 1:
+            return np.broadcast_to(scales, (*scales.shape[:-1], columns))
+        return np.repeat(scales, self.block[1], axis=-1)[..., :columns]
+
+    def _scaled_rows(self, read: Read, first: int, last: int) -> Iterator[tuple[int, int, Any]]:
+        """Rows of one matrix after the other: from, to, and their scales [rows, blocks]."""
         import numpy as np
 
         assert self.scale is not None
-        tall, wide = self.block
+        tall = self.block[0]
         rows = self.shape[-2] if len(self.shape) > 1 else 1
         per_matrix = -(-rows // tall)
         across = self.scale.size * rows // (per_matrix * (self.size // self.shape[-1]))
-        row = first
-        while row < last:
-            matrix, inside = divmod(row, rows)
-            end = min(last, matrix * rows + min(rows, (inside // tall + 1) * tall))
-            scale_row = matrix * per_matrix + inside // tall
-            numbers = read_scales(read, self.scale, scale_row * across, across)
-            if across == 1:
-                yield row, end, numbers[0]
-            else:
-                yield row, end, np.repeat(numbers, wide)[: self.shape[-1]]
-            row = end
+        for matrix in range(first // rows, -(-last // rows)):
+            low, high = max(first, matrix * rows), min(last, (matrix + 1) * rows)
+            top, bottom = (low - matrix * rows) // tall, -(-(high - matrix * rows) // tall)
+            at = (matrix * per_matrix + top) * across
+            numbers = read_scales(read, self.scale, at, (bottom - top) * across)
+            every = np.repeat(numbers.reshape(-1, across), tall, axis=0)
+            skipped = low - matrix * rows - top * tall
+            yield low, high, every[skipped : skipped + high - low]
 
 
 def dequantised(
