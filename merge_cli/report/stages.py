@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,31 @@ class Stages:
         """How the result names a model that it keeps; any other by its own label."""
         names = {str(folder): f"./{name}" for name, folder in self._kept.items()}
         return names.get(label, label)
+
+    def by_name(self, value: Any) -> Any:
+        """JSON, or a text, in which a stage goes by its name: its folder is gone afterwards."""
+        names = {str(folder): name for name, folder in self._folders.items()}
+        names = {path: name for path, name in names.items() if path != name}
+
+        def renamed(part: Any) -> Any:
+            if isinstance(part, str):
+                for path, name in names.items():
+                    part = part.replace(path, name) if path in part else part
+                return part
+            if isinstance(part, dict):
+                return {renamed(key): renamed(item) for key, item in part.items()}
+            return [renamed(item) for item in part] if isinstance(part, list | tuple) else part
+
+        return renamed(value) if names else value
+
+    def complete(self, text: str, target: Path) -> str:
+        """A recipe that lies in `target`, with the documents of stages whose folders it names."""
+        paths = {os.path.relpath(folder, target): name for name, folder in self._folders.items()}
+        if not any(path in text for path in paths):
+            return text
+        for path, name in paths.items():
+            text = text.replace(path, name)
+        return "---\n".join([*self.documents(target), text])
 
     def kept_folder(self, word: str, recipe_folder: Path, target: Path) -> str:
         """How a recipe in `target` names a folder of statistics, as another one names it."""

@@ -71,6 +71,11 @@ def write_reports(
     report.update(record or {})
     if made.names:
         report["stages"] = made.records()
+        report = made.by_name(report)
+        attachments = {
+            name: made.complete(content, target) if ".yaml" in name else made.by_name(content)
+            for name, content in (attachments or {}).items()
+        }
     files = {
         **(attachments or {}),
         "merge_recipe.yaml": text,
