@@ -18,6 +18,7 @@ from merge_cli.system.untrusted import Unreadable, kind_of, read_mapping
 
 CONFIG = "adapter_config.json"
 _MAX_RANK = 2**20
+_DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8  # PEFT's default
 
 _WITH_PEFT = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
@@ -269,6 +270,11 @@ def by_pattern(patterns: Any, name: str, default: Any) -> Any:
             hint = "Write the modules' names out."
             raise SourceError(f"{pattern[:80]!r} {error}", file=CONFIG, hint=hint) from None
     return default
+
+
+def configured_rank(config: Mapping[str, Any], name: str) -> Any:
+    """The rank that a module's factors must have: PEFT's own where the config gives none."""
+    return by_pattern(config.get("rank_pattern"), name, config.get("r", _DEFAULT_RANK))
 
 
 def scale_of(config: Mapping[str, Any], key: str, rank: int) -> float:

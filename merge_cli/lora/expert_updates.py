@@ -10,7 +10,7 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Zeros
 from merge_cli.lora.adapter import Parts
-from merge_cli.lora.config import by_pattern, scale_of
+from merge_cli.lora.config import configured_rank, scale_of
 from merge_cli.lora.expert_factors import MatrixUpdate, MatrixView, PatchedTensor
 
 _WRAPPER = ".base_layer"
@@ -165,7 +165,7 @@ def _ends(name: str, target: str) -> bool:
 
 def rank_of(update: ExpertUpdate, config: Mapping[str, Any]) -> int:
     """The rank of each expert's factors in the config; 0 where it has none."""
-    rank = by_pattern(config.get("rank_pattern"), update.key, config.get("r"))
+    rank = configured_rank(config, update.key)
     return rank if type(rank) is int else 0
 
 

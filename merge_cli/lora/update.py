@@ -18,7 +18,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, fill_rows, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts
-from merge_cli.lora.config import by_pattern, scale_of
+from merge_cli.lora.config import configured_rank, scale_of
 from merge_cli.lora.expert_factors import read_cached
 
 # What transformers' layers that are stored [in, out] are called.
@@ -217,9 +217,9 @@ def why_unusable(
         return (
             f"its magnitude {list(parts['magnitude'].shape)} is not that of {weight.shape[0]} rows"
         )
-    configured_rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    if type(configured_rank) is int and configured_rank != a[0]:
-        return f"its factors have the rank {a[0]}, but adapter_config.json says {configured_rank}"
+    rank = configured_rank(config, module)
+    if type(rank) is int and rank != a[0]:
+        return f"its factors have the rank {a[0]}, but adapter_config.json says {rank}"
     return ""
 
 

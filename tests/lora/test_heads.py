@@ -159,6 +159,20 @@ def test_contents_that_contradict_the_config() -> None:
         applied(base, {}, about)
 
 
+def test_without_a_rank_a_config_means_pefts_own() -> None:
+    name = "model.layers.0.q"
+    base, stored = refs({f"{name}.weight": (16, 16)}), f"{PREFIX}{name}"
+    config = {key: value for key, value in CONFIG.items() if key != "r"}
+    for rank, refused in ((8, False), (4, True)):
+        parts = {f"{stored}.lora_A.weight": (rank, 16), f"{stored}.lora_B.weight": (16, rank)}
+        about: dict[str, Any] = {"label": "base+adapter", "fingerprint": "", "base": {}}
+        if not refused:
+            assert apply_adapter(base, config, refs(parts), **about).tensors
+            continue
+        with pytest.raises(MismatchError, match="have the rank 4, but adapter_config.json says 8"):
+            apply_adapter(base, config, refs(parts), **about)
+
+
 def test_a_nested_config_is_changed_where_it_says_so() -> None:
     about = {"text_config": {"vocab_size": 8, "tie_word_embeddings": True}, "other": 1}
     found = changed_config(about, {"vocab_size": 9, "tie_word_embeddings": False})
