@@ -42,16 +42,16 @@ class SourceVocabulary:
         import numpy as np
 
         get: Any = self.numbers.get
-        found = np.fromiter(map(get, keys, repeat(-1)), np.int64, len(keys))
-        found[found >= self.rows] = -1
+        rows = np.fromiter(map(get, keys, repeat(-1)), np.int64, len(keys))
+        rows[rows >= self.rows] = -1
         unnamed = [i for i, key in enumerate(keys) if type(key) is int and key < self.rows]
         if unnamed:
             numbers = np.fromiter(self.numbers.values(), np.int64, len(self.numbers))
             has_token = np.zeros(self.rows, bool)
             has_token[numbers[(numbers >= 0) & (numbers < self.rows)]] = True
-            rows = np.array([keys[i] for i in unnamed], np.int64)
-            found[unnamed] = np.where(has_token[rows], -1, rows)
-        return found
+            own = np.array([keys[i] for i in unnamed], np.int64)
+            rows[unnamed] = np.where(has_token[own], -1, own)
+        return rows
 
 
 class TokenAligner:
