@@ -16,7 +16,8 @@ from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFil
 from merge_cli.engine.memory import return_freed_memory
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.fingerprints import refuse_changed, source_identity
-from merge_cli.evaluation.live import fetch_everything, load, memory_errors
+from merge_cli.evaluation.guards import memory_errors
+from merge_cli.evaluation.live import fetch_everything, load
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.statistics import ORIGIN, Statistics, statistics_file

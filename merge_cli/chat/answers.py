@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.forward import require_finite
-from merge_cli.evaluation.live import LiveModel, memory_errors, quiet_libraries
+from merge_cli.evaluation.guards import memory_errors, quiet_libraries
+from merge_cli.evaluation.live import LiveModel
 
 # float32 divides by no more and no less than this. Below and above, nothing changes any more: the
 # likeliest token is taken, or all are equally likely.

@@ -18,7 +18,8 @@ from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.checkpoint.config import text_config
 from merge_cli.engine.merge import execute
 from merge_cli.errors import UsageError
-from merge_cli.evaluation.live import LiveModel, load, load_tokenizer, memory_errors
+from merge_cli.evaluation.guards import memory_errors
+from merge_cli.evaluation.live import LiveModel, load, load_tokenizer
 from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef, parse_reference

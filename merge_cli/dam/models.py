@@ -12,7 +12,7 @@ from merge_cli.dam.sources import Stored, kept_wide
 from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
 from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.empty import embeddings_of, kind_of_expert, kinds_of, model_config, reason
-from merge_cli.evaluation.live import quiet_libraries
+from merge_cli.evaluation.guards import quiet_libraries
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.training import Training
 

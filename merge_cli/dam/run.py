@@ -23,7 +23,8 @@ from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.made_before import made_before
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.live import fetch_everything, memory_errors
+from merge_cli.evaluation.guards import memory_errors
+from merge_cli.evaluation.live import fetch_everything
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan

@@ -7,7 +7,7 @@ from typing import Any
 
 from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.live import quiet_libraries
+from merge_cli.evaluation.guards import quiet_libraries
 from merge_cli.planning.plan import Plan
 
 

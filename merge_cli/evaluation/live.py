@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +13,7 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.device import choose_device, free_memory
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.adapted import apply_adapter
+from merge_cli.evaluation.guards import quiet_libraries
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
 from merge_cli.planning.equal_tensors import compare
@@ -284,43 +282,6 @@ def _need_accelerate(label: str, needed: int, limit: int) -> None:
         )
         hint = "pip install accelerate: it will be read layer by layer. Or use --dtype bfloat16."
         raise ResourceError(message, where=label, hint=hint) from None
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hide progress bars and advice, of transformers and of what it loads models with."""
-    import transformers
-    from tqdm import tqdm
-
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    begin_bar = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(begin_bar, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.filterwarnings("ignore", "You passed `quantization_config`")
-            yield
-    finally:
-        tqdm.__init__ = begin_bar
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def memory_errors(label: str, hint: str) -> Iterator[None]:
-    """Report a lack of memory, on the host or on the device, as a ResourceError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and (
-            type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error)
-        ):
-            raise
-        raise ResourceError("memory ran out", where=label, hint=hint) from error
 
 
 def load_tokenizer(source: Source) -> Any:

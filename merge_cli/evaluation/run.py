@@ -15,7 +15,8 @@ from merge_cli.engine.device import choose_device
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.fingerprints import refuse_changed, source_fingerprint
-from merge_cli.evaluation.live import LiveModel, choose_dtype, load, memory_errors
+from merge_cli.evaluation.guards import memory_errors
+from merge_cli.evaluation.live import LiveModel, choose_dtype, load
 from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name

@@ -49,8 +49,8 @@ class SourceVocabulary:
             numbers = np.fromiter(self.numbers.values(), np.int64, len(self.numbers))
             has_token = np.zeros(self.rows, bool)
             has_token[numbers[(numbers >= 0) & (numbers < self.rows)]] = True
-            own = np.array([keys[i] for i in unnamed], np.int64)
-            rows[unnamed] = np.where(has_token[own], -1, own)
+            padding = np.array([keys[i] for i in unnamed], np.int64)
+            rows[unnamed] = np.where(has_token[padding], -1, padding)
         return rows
 
 

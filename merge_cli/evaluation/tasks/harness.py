@@ -11,7 +11,8 @@ from typing import Any
 from merge_cli.errors import MergeCliError, SourceError, UsageError
 from merge_cli.evaluation.chat import SYSTEM_WITHOUT_CHAT, require_template
 from merge_cli.evaluation.forward import watched
-from merge_cli.evaluation.live import LiveModel, quiet_libraries
+from merge_cli.evaluation.guards import quiet_libraries
+from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Better, Metric, TaskResult
 from merge_cli.evaluation.task import OnProgress, Task, cut_note
 from merge_cli.evaluation.tasks.harness_model import harness_model
