@@ -76,8 +76,9 @@ class Stages:
 
     def by_name(self, value: Any) -> Any:
         """JSON, or a text, in which a stage goes by its name: its folder is gone afterwards."""
-        names = {str(folder): name for name, folder in self._folders.items()}
-        names = {path: name for path, name in names.items() if path != name}
+        # `first` is how the path of `first-b` begins: the longer one comes first.
+        folders = sorted(self._folders.items(), key=lambda item: -len(str(item[1])))
+        names = {str(folder): name for name, folder in folders}
 
         def renamed(part: Any) -> Any:
             if isinstance(part, str):
@@ -92,7 +93,8 @@ class Stages:
 
     def complete(self, text: str, target: Path) -> str:
         """A recipe that lies in `target`, with the documents of stages whose folders it names."""
-        paths = {os.path.relpath(folder, target): name for name, folder in self._folders.items()}
+        folders = sorted(self._folders.items(), key=lambda item: -len(str(item[1])))
+        paths = {os.path.relpath(folder, target): name for name, folder in folders}
         if not any(path in text for path in paths):
             return text
         for path, name in paths.items():

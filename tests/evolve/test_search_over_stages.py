@@ -21,17 +21,19 @@ def test_no_file_of_the_result_names_a_folder_that_is_gone(
 ) -> None:
     monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
     folder = write_family(tmp_path)
-    recipe = write_search(folder, {"evaluations": 4, "population": 2}, models=("first", "c"))
-    recipe.write_text(FIRST + recipe.read_text())
+    recipe = write_search(folder, {"evaluations": 4, "population": 2}, models=("first", "first-b"))
+    recipe.write_text(
+        STAGE.format("first", "b") + STAGE.format("first-b", "c") + recipe.read_text()
+    )
     out = folder / "out"
     merge_cli.merge(recipe, out, options=OPTIONS)
     assert not (folder / "out.stages").exists()
     texts = [path for path in out.iterdir() if path.suffix != ".safetensors"]
     assert not [path.name for path in texts if "out.stages" in path.read_text()]
     report = json.loads((out / "merge_report.json").read_text())
-    assert [item["model"] for item in report["inputs"]] == ["base", "first", "c"]
+    assert [item["model"] for item in report["inputs"]] == ["base", "first", "first-b"]
     best = list(yaml.safe_load_all((out / "best_recipe.yaml").read_text()))
-    assert [document.get("name") for document in best] == ["first", None]
+    assert [document.get("name") for document in best] == ["first", "first-b", None]
     merge_cli.merge(out / "best_recipe.yaml", folder / "again", options=OPTIONS)
     weights = [(folder / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert weights[0] == weights[1]
