@@ -11,8 +11,8 @@ import yaml
 import merge_cli
 from tests.support.evolve_tiny import OPTIONS, write_family, write_search
 
-FIRST = (
-    "name: first\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\ndtype: bfloat16\n---\n"
+STAGE = (
+    "name: {}\nmerge_method: linear\nmodels: [{{model: a}}, {{model: {}}}]\ndtype: bfloat16\n---\n"
 )
 
 
