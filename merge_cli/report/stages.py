@@ -95,6 +95,7 @@ class Stages:
         """A recipe that lies in `target`, with the documents of stages whose folders it names."""
         folders = sorted(self._folders.items(), key=lambda item: -len(str(item[1])))
         paths = {os.path.relpath(folder, target): name for name, folder in folders}
+        text = str(self.by_name(text))  # its first line may say what the best one is
         if not any(path in text for path in paths):
             return text
         for path, name in paths.items():
