@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import (
-    bits_of,
-    copy_16,
-    copy_32,
-    float_of,
-    window,
-)
+from merge_cli.kernels.compiled.arrays import copy_16, copy_32, window
+from merge_cli.kernels.compiled.instructions import bits_of, float_of
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, U32, kernel
 from merge_cli.kernels.compiled.parts import part
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import as_halves, as_words, copy_16, window
+from merge_cli.kernels.compiled.arrays import as_halves, as_words, copy_16, window
 from merge_cli.kernels.compiled.kernel import U32, kernel
 from merge_cli.kernels.compiled.parts import part
 

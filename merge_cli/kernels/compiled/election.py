@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.instructions import new_f32
+from merge_cli.kernels.compiled.arrays import new_f32
 from merge_cli.kernels.compiled.kernel import kernel
 from merge_cli.kernels.compiled.tiles import TILE, elect_tile
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import as_words, bits_of, float_of, new_f32, new_u8
+from merge_cli.kernels.compiled.arrays import as_words, new_f32, new_u8
+from merge_cli.kernels.compiled.instructions import bits_of, float_of
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, INFINITY, MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.parts import part
 

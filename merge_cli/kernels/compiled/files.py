@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import CFunction, new_i64
+from merge_cli.kernels.compiled.arrays import new_i64
+from merge_cli.kernels.compiled.instructions import CFunction
 from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.tiles import FLOAT32
 

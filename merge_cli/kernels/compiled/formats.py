@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.instructions import as_bytes, new_f32
+from merge_cli.kernels.compiled.arrays import as_bytes, new_f32
 from merge_cli.kernels.compiled.kernel import INFINITY, kernel
 from merge_cli.kernels.compiled.tile_measures import largest_key_tile
 from merge_cli.kernels.compiled.tiles import BF16, F16, TILE, decode_tile, encode_tile, load_tile

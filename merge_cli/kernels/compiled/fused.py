@@ -8,7 +8,7 @@ float16 cannot hold. In either case `out` is not to be used before the plain way
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.instructions import new_f32, new_f32_rows
+from merge_cli.kernels.compiled.arrays import new_f32, new_f32_rows
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
 from merge_cli.kernels.compiled.tiles import (
     BF16,

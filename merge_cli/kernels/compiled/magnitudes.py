@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.instructions import as_words, new_u32
+from merge_cli.kernels.compiled.arrays import as_words, new_u32
 from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.tile_measures import (
     count_equal_tile,

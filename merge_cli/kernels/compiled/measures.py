@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.instructions import new_i32, new_i32_rows
+from merge_cli.kernels.compiled.arrays import new_i32, new_i32_rows
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
 from merge_cli.kernels.compiled.tile_measures import relate_tile
 from merge_cli.kernels.compiled.tiles import TILE

@@ -1,6 +1,6 @@
 """What kernels are made of: functions that are compiled into them.
 
-A part is never called from Python. Some are no functions but single instructions: see
+A part is never called from Python. Some are no functions but a few instructions: see `arrays` and
 `instructions`.
 """
 

@@ -5,7 +5,7 @@ Inputs lie as `fused` says. See `kernels.passes`, and `kernels.fused.measure`.
 
 from __future__ import annotations
 
-from merge_cli.kernels.compiled.instructions import (
+from merge_cli.kernels.compiled.arrays import (
     as_words,
     new_f32,
     new_f32_rows,

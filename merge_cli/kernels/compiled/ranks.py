@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import (
+from merge_cli.kernels.compiled.arrays import (
     as_words,
     new_f32,
     new_f32_rows,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.files import layout, load_block
-from merge_cli.kernels.compiled.instructions import (
+from merge_cli.kernels.compiled.arrays import (
     as_words,
     new_f32,
     new_f32_rows,
@@ -14,6 +13,7 @@ from merge_cli.kernels.compiled.instructions import (
     new_u8_rows,
     new_u32,
 )
+from merge_cli.kernels.compiled.files import layout, load_block
 from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
 from merge_cli.kernels.compiled.measures import gram
 from merge_cli.kernels.compiled.ranks import kth_largest

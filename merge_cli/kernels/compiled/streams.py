@@ -10,6 +10,7 @@ Its first column then says at which element, and Python does that block in the p
 
 from __future__ import annotations
 
+from merge_cli.kernels.compiled.arrays import as_bytes, new_f32, new_i64
 from merge_cli.kernels.compiled.files import (
     layout,
     load_block,
@@ -18,7 +19,6 @@ from merge_cli.kernels.compiled.files import (
     write_exactly,
 )
 from merge_cli.kernels.compiled.fused import merge_disjoint, merge_linear
-from merge_cli.kernels.compiled.instructions import as_bytes, new_f32, new_i64
 from merge_cli.kernels.compiled.kernel import U32, kernel
 from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.passes import (

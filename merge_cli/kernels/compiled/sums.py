@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import copy_64, new_f32, new_f64, window
+from merge_cli.kernels.compiled.arrays import copy_64, new_f32, new_f64, window
 from merge_cli.kernels.compiled.kernel import CHUNK, kernel
 
 _ACCUMULATORS = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import as_words
+from merge_cli.kernels.compiled.arrays import as_words
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32
 from merge_cli.kernels.compiled.parts import part
 from merge_cli.kernels.compiled.tiles import mixed_word

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.instructions import as_halves, as_words, bits_of, float_of
+from merge_cli.kernels.compiled.arrays import as_halves, as_words
+from merge_cli.kernels.compiled.instructions import bits_of, float_of
 from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32
 from merge_cli.kernels.compiled.parts import part
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.codes import spread_tile
-from merge_cli.kernels.compiled.instructions import (
+from merge_cli.kernels.compiled.arrays import (
     as_bytes,
-    float_of,
     new_f32,
     new_u8,
     new_u8_rows,
     new_u32_rows,
     window,
 )
+from merge_cli.kernels.compiled.codes import spread_tile
+from merge_cli.kernels.compiled.instructions import float_of
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
 from merge_cli.kernels.compiled.parts import part
 

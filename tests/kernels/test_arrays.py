@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from merge_cli.kernels.compiled import instructions
+from merge_cli.kernels.compiled import arrays
 from merge_cli.kernels.compiled.kernel import F32, Kernel
 
 # Only numba calls them.
-window: Any = instructions.window
-copy_16: Any = instructions.copy_16
-new_f32_rows: Any = instructions.new_f32_rows
+window: Any = arrays.window
+copy_16: Any = arrays.copy_16
+new_f32_rows: Any = arrays.new_f32_rows
 
 ROWS = np.arange(60, dtype=np.float32).reshape(3, 20)
 
 
-def last_of_window(rows, first, count):  # type: ignore[no-untyped-def]
+def last_of_window(rows: Any, first: int, count: int) -> Any:
     part = window(rows, first, count)
     part[0] = -part[0]
     return part[len(part) - 1]
 
 
-def sum_of_copy(row, first):  # type: ignore[no-untyped-def]
+def sum_of_copy(row: Any, first: int) -> Any:
     part, total = copy_16(row, first), F32(0.0)
     row[first] = F32(1000.0)  # which the copy does not see
     for i in range(16):
@@ -32,7 +32,7 @@ def sum_of_copy(row, first):  # type: ignore[no-untyped-def]
     return total
 
 
-def window_of_the_dead(size):  # type: ignore[no-untyped-def]
+def window_of_the_dead(size: int) -> Any:
     rows = new_f32_rows(2, size)
     for i in range(size):
         rows[1, i] = i
