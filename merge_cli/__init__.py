@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merge_cli.adapters.extract import extract_lora
     from merge_cli.analysis.run import analyze
-    from merge_cli.api import MergeResult, merge, plan
+    from merge_cli.api import merge, plan
     from merge_cli.averages import add_checkpoints
     from merge_cli.comparison.publish import compare
+    from merge_cli.documents import MergeResult
     from merge_cli.engine.running_average import RunningAverage
     from merge_cli.engine.state_dicts import merge_state_dicts
     from merge_cli.errors import MergeCliError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "MergeCliError": "merge_cli.errors",
     "MergeOptions": "merge_cli.options",
-    "MergeResult": "merge_cli.api",
+    "MergeResult": "merge_cli.documents",
     "RunningAverage": "merge_cli.engine.running_average",
     "add_checkpoints": "merge_cli.averages",
     "analyze": "merge_cli.analysis.run",

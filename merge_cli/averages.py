@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.api import MergeResult, merge, plan
+from merge_cli.api import merge, plan
 from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE
+from merge_cli.documents import MergeResult
 from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.options import MergeOptions, OnProgress
 from merge_cli.planning.plan import Plan

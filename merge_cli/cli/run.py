@@ -198,7 +198,7 @@ def run(
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 
-    from merge_cli.api import merge_plan, on_cluster, runner_for
+    from merge_cli.documents import merge_plan, on_cluster, runner_for
     from merge_cli.engine.merge import check_target
     from merge_cli.options import MergeOptions
     from merge_cli.planning.stages import plan_recipe

@@ -36,11 +36,11 @@ from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
-    from merge_cli.api import MergeResult
     from merge_cli.chat.answers import Answer, Sampling
     from merge_cli.chat.conversation import Conversation
     from merge_cli.chat.prompts import Prompt
     from merge_cli.demo.run import Demo
+    from merge_cli.documents import MergeResult
     from merge_cli.evaluation.live import LiveModel
     from merge_cli.methods.method import Method
     from merge_cli.options import MergeOptions, Progress

@@ -24,7 +24,7 @@ from merge_cli.engine.residency import choose_residency, reserve
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.options import MergeOptions
 from tests.support.command import cli
-from tests.support.dam_tiny import (
+from tests.support.dam_tiny import llamas_with_data, (
     config,
     plan_of,
     random_batch,
@@ -44,10 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder, config("llama"))
-    write_data(folder)
-    return folder
+    return llamas_with_data(tmp_path_factory.mktemp("models"))
 
 
 def kept_by_autograd(net: Any, rows: int, length: int) -> int:

@@ -15,17 +15,21 @@ from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation.empty import empty_model
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
-from tests.support.dam_tiny import config, plan_of, write_data, write_models, write_recipe
+from tests.support.dam_tiny import (
+    config,
+    llamas_with_data,
+    plan_of,
+    write_data,
+    write_models,
+    write_recipe,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder, config("llama"))
-    write_data(folder)
-    return folder
+    return llamas_with_data(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("preset", ["dam", "dam-reference"])

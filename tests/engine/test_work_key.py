@@ -13,7 +13,7 @@ import yaml
 
 from merge_cli.engine.journal import work_key
 from merge_cli.planning.planner import load_recipe, make_plan
-from tests.support.dam_tiny import config, write_data, write_models
+from tests.support.dam_tiny import llamas_with_data
 
 SEARCH = {"method": "ties", "parameters": {"weight": {"min": 0, "max": 1, "tied": True}}}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -29,10 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder, config("llama"))
-    write_data(folder)
-    return folder
+    return llamas_with_data(tmp_path_factory.mktemp("models"))
 
 
 def write(models: Path, method: str, **keys: Any) -> Path:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_cli.api import merge_plan
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers, reading
+from merge_cli.documents import merge_plan
 from merge_cli.formats import detect, registry
 from merge_cli.formats.encoding import Encoding, Part, Tiles, changed_groups
 from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, WritableFormat

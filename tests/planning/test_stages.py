@@ -165,7 +165,7 @@ def test_keep_stages(family: Family) -> None:
 def test_finished_stages_are_not_made_again(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merge_cli import api
+    from merge_cli import documents
 
     recipe, out = three(family), family.folder / "out"
     execute, made = engine.execute, []
@@ -176,7 +176,7 @@ def test_finished_stages_are_not_made_again(
             raise ResourceError("the disk is full")
         return execute(plan, target, options, **rest)
 
-    monkeypatch.setattr(api, "execute", failing)
+    monkeypatch.setattr(documents, "execute", failing)
     with pytest.raises(ResourceError):
         merge_cli.merge(recipe, out, options=CPU)
     assert made == ["first", "second", "out"]
@@ -189,13 +189,13 @@ def test_finished_stages_are_not_made_again(
 def test_a_changed_stage_is_made_again_with_all_that_use_it(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merge_cli import api
+    from merge_cli import documents
 
     options = MergeOptions(device="cpu", keep_stages=True)
     merge_cli.merge(three(family), family.folder / "out", options=options)
     execute, made = engine.execute, []
     monkeypatch.setattr(
-        api,
+        documents,
         "execute",
         lambda plan, target, *a, **k: made.append(target.name) or execute(plan, target, *a, **k),
     )
@@ -212,7 +212,7 @@ def test_an_interrupted_stage_that_was_changed_begins_anew(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of a merge that nobody wants any more is in the way."""
-    from merge_cli import api
+    from merge_cli import documents
 
     def stopped(plan, *rest):  # type: ignore[no-untyped-def]
         done = run_loop(plan, *rest)
@@ -220,18 +220,18 @@ def test_an_interrupted_stage_that_was_changed_begins_anew(
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(api, "run_loop", stopped)
+    monkeypatch.setattr(documents, "run_loop", stopped)
     with pytest.raises(merge_cli.errors.Interrupted):
         merge_cli.merge(three(family), family.folder / "out", options=CPU)
     assert (family.folder / "out.stages" / "second.partial" / "journal.jsonl").exists()
-    monkeypatch.setattr(api, "run_loop", run_loop)
+    monkeypatch.setattr(documents, "run_loop", run_loop)
     execute, made = engine.execute, []
 
     def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]
         made.append(target.name)
         return execute(plan, target, *rest, **named)
 
-    monkeypatch.setattr(api, "execute", noted)
+    monkeypatch.setattr(documents, "execute", noted)
     changed = SECOND.replace("0.25", "0.75")
     recipe = family.write("---\n".join([FIRST, changed, LAST]))
     merge_cli.merge(recipe, family.folder / "out", options=CPU)
@@ -280,7 +280,7 @@ def test_published_but_not_tidied(family: Family) -> None:
 def test_a_stage_that_was_published_and_not_noted(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merge_cli import api
+    from merge_cli import documents
 
     options = MergeOptions(device="cpu", keep_stages=True)
     merge_cli.merge(three(family), family.folder / "out", options=options)
@@ -291,7 +291,7 @@ def test_a_stage_that_was_published_and_not_noted(
         made.append(target.name)
         return execute(plan, target, *rest, **named)
 
-    monkeypatch.setattr(api, "execute", noted)
+    monkeypatch.setattr(documents, "execute", noted)
     again = MergeOptions(device="cpu", overwrite=True)
     os.rename(family.folder / "out", family.folder / "elsewhere")
     merge_cli.merge(three(family), family.folder / "out", options=again)

@@ -120,6 +120,13 @@ def write_data(folder: Path, names: Sequence[str] = ("a", "b", "c"), rows: int =
                 file.write(json.dumps(row) + "\n")
 
 
+def llamas_with_data(folder: Path) -> Path:
+    """The models as Llamas, and rows of each source."""
+    write_models(folder, config("llama"))
+    write_data(folder)
+    return folder
+
+
 def write_recipe(
     folder: Path, training: Mapping[str, Any] | None = None, *,
     names: Sequence[str] = ("a", "b", "c"), base: bool = True, **keys: Any,

@@ -20,6 +20,7 @@
     adapters · analysis · drafting · comparison     what else is done with models
     chat                                            talking to a model
     json_schema                                     a recipe's JSON Schema, from all of the above
+    documents                                       a plan carried out: documents, sweeps, adapters
     api · demo · console                            the front door, a try, what a terminal shows
     averages                                        running averages on disk, made of merges
     cli                                             the command line
