@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.optimizer import EvaluatedGenome
-from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, start_genome
+from merge_cli.evolve.plan import SearchPlan
 from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.references import References
+from merge_cli.evolve.starts import is_journal, is_recipe, start_genome
 from merge_cli.evolve.static import soup_start
 
 

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from merge_cli.calibration.plan import CalibrationPlan, plan_calibration
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
-from merge_cli.errors import MergeCliError, RecipeError, ResourceError
+from merge_cli.errors import RecipeError, ResourceError
 from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.tasks.kl import KL
 from merge_cli.evaluation.tasks.loss import LossTask
-from merge_cli.evolve.earlier import SUFFIX, earlier_merges
 from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
 from merge_cli.evolve.optimizer import batch_size
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
-from merge_cli.evolve.static import StaticMerge, fisher_merge, static_merges, without_data
+from merge_cli.evolve.starts import first_merges, is_recipe, start_genome
+from merge_cli.evolve.static import StaticMerge, fisher_merge, without_data
 from merge_cli.options import MergeOptions
 from merge_cli.planning.heads import reconcile_heads
 from merge_cli.planning.layers import layer_stacks, main_stack, model_heights
 from merge_cli.planning.plan import Plan
-from merge_cli.planning.planner import load_recipe, make_plan
-from merge_cli.recipe.reference import local_file
+from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import STARTS, Search
+from merge_cli.recipe.search import Search
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             memory=device.memory,
         ),
         tuple(str(spec.model) for spec in recipe.models),
-        _starts(recipe, search, space, objective, fisher),
+        first_merges(recipe, search, space, objective, fisher),
         tuple(warnings),
         not device.indexes,
         calibration,
@@ -158,37 +156,6 @@ def _check_space(recipe: Recipe, search: Search, space: Space, objective: Search
             make_plan(recipe.with_result(method))
     if is_recipe(search.start):
         start_genome(recipe, search, space)
-
-
-def _starts(
-    recipe: Recipe,
-    search: Search,
-    space: Space | None,
-    objective: SearchObjective,
-    fisher: StaticMerge | None,
-) -> tuple[StaticMerge, ...]:
-    """What is evaluated before anything is proposed."""
-    merges = [*_mergeable(static_merges(recipe, space)), *([fisher] if fisher else [])]
-    if space is not None and is_journal(search.start):
-        path = _start_file(recipe, search)
-        genomes = [merge.genome for merge in merges]
-        earlier = earlier_merges(path, space, objective.search, search.finalists)
-        merges += [merge for merge in earlier if merge.genome not in genomes]
-    return tuple(merges)
-
-
-def _mergeable(statics: Sequence[StaticMerge]) -> tuple[StaticMerge, ...]:
-    """Without merges that the engine refuses for these sources."""
-    is_possible: dict[str, bool] = {}
-    for merge in statics:
-        method = merge.recipe.merge_method
-        if method not in is_possible:
-            try:
-                make_plan(merge.recipe)
-                is_possible[method] = True
-            except MergeCliError:
-                is_possible[method] = False
-    return tuple(merge for merge in statics if is_possible[merge.recipe.merge_method])
 
 
 def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
@@ -275,32 +242,6 @@ def _missing_splits(objective: SearchObjective, *, greedy: bool) -> list[str]:
         )
         result.append(f"{message}that fits the split `search` best")
     return result
-
-
-def start_genome(recipe: Recipe, search: Search, space: Space) -> list[float]:
-    """The genome of the recipe that `start` names.
-
-    Raises:
-        RecipeError: that recipe is wrong.
-        UsageError: it has other models.
-    """
-    return space.start_from(load_recipe(_start_file(recipe, search)))
-
-
-def is_journal(start: str) -> bool:
-    """Whether `start` names the journal of an earlier search."""
-    return start not in STARTS and start.endswith(SUFFIX)
-
-
-def is_recipe(start: str) -> bool:
-    """Whether `start` names a recipe."""
-    return start not in STARTS and not is_journal(start)
-
-
-def _start_file(recipe: Recipe, search: Search) -> Path:
-    path = local_file(search.start, recipe.folder)
-    assert path is not None, "`search_problems` refuses a file that is not there"
-    return path
 
 
 def _need(search: Search) -> None:

@@ -24,12 +24,11 @@ from merge_cli.engine.residency import choose_residency, reserve
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.options import MergeOptions
 from tests.support.command import cli
-from tests.support.dam_tiny import llamas_with_data, (
+from tests.support.dam_tiny import (
     config,
+    llamas_with_data,
     plan_of,
     random_batch,
-    write_data,
-    write_models,
     write_recipe,
 )
 
