@@ -43,17 +43,15 @@ def data_of(models: Sequence[str], given: Sequence[Path]) -> tuple[str, ...]:
 
 
 def data_by_model(recipe: Recipe, models: Sequence[str], files: Sequence[str]) -> tuple[str, ...]:
-    """The files of a recipe's models, which has each model once; empty where there are none.
+    """The files of a recipe's models, which has each model once.
 
     Args:
         models: as they were named, perhaps twice, or the base among them.
-        files: of these, one each, or none.
+        files: of these, one each.
 
     Raises:
         UsageError: a file of a model that is none of the recipe's.
     """
-    if not files:
-        return ()
     taken: dict[ModelRef, str] = {}
     for model, file in zip(models, files, strict=True):
         reference = parse_reference(model, recipe.folder)

@@ -71,12 +71,10 @@ def study_models(
     Raises:
         SourceError, MismatchError, UsageError: see `inspect_model` and `refuse_replacing`.
     """
+    given = data_of(models, data) if data else ()  # checked before anything is opened
     inspection = inspect_model(base, models)
-    files = data_of(models, data)
-    if files and (data or len(models) == len(inspection.recipe.models)):
-        files = data_by_model(inspection.recipe, models, files)
-    elif files:
-        files = data_of([str(spec.model) for spec in inspection.recipe.models], ())
+    distinct = [str(spec.model) for spec in inspection.recipe.models]
+    files = data_by_model(inspection.recipe, models, given) if data else data_of(distinct, ())
     _refuse_replacing(results or {}, inspection, files)
     notes = inspection.notes()
     if (

@@ -101,7 +101,8 @@ class QualityCheck:
         try:
             merged, others = self._evaluations(plan, out, spec, on_step)
         except Interrupted:
-            hint = "The merge is complete. The same command evaluates it."
+            again = ", without --overwrite and --fresh," * (options.overwrite or options.fresh)
+            hint = f"The merge is complete. The same command{again} evaluates it."
             raise Interrupted("stopped while evaluating", where=str(out), hint=hint) from None
         self._failures = {out.name: check_gates(self._gates, merged, others)}
         rows = summary([merged, *{other.digest: other for other in others.values()}.values()])

@@ -155,10 +155,7 @@ def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
     if eval_file is None:
         return as_spec(data)
     spec = read_eval(eval_file)
-    taken = {task.name for task in spec.tasks}
-    files = as_spec(data).tasks if data else ()
-    more = (_fully_named(task) if task.name in taken else task for task in files)
-    return replace(spec, tasks=(*spec.tasks, *more))
+    return replace(spec, tasks=_named_apart(spec.tasks, as_spec(data).tasks if data else ()))
 
 
 def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> EvalSpec | None:
@@ -189,14 +186,24 @@ def as_spec(tasks: str | Path | EvalSpec | Sequence[str | Path | Task]) -> EvalS
         task if isinstance(task, Task) else LossTask(name=default_name(task), data=Path(task))
         for task in tasks
     ]
-    names = Counter(task.name for task in listed)
-    listed = [_fully_named(task) if names[task.name] > 1 else task for task in listed]
-    twice = next((name for name, n in Counter(t.name for t in listed).items() if n > 1), None)
-    if twice is not None:
-        raise UsageError(f"{twice} is to be evaluated twice", hint="Name each file or task once.")
     if not listed:
         raise UsageError("nothing to evaluate: no task", hint="Name a file of data, for its loss.")
-    return EvalSpec(tuple(listed))
+    return EvalSpec(_named_apart((), listed))
+
+
+def _named_apart(tasks: Sequence[Task], more: Sequence[Task]) -> tuple[Task, ...]:
+    """All of them; of the second those whose name stands twice have their file's path as one.
+
+    Raises:
+        UsageError: two still have one name.
+    """
+    names = Counter(task.name for task in (*tasks, *more))
+    apart = (*tasks, *(_fully_named(task) if names[task.name] > 1 else task for task in more))
+    for name, count in Counter(task.name for task in apart).items():
+        if count > 1:
+            hint = "Name each file or task once."
+            raise UsageError(f"{name} is to be evaluated twice", hint=hint)
+    return apart
 
 
 def _fully_named(task: Task) -> Task:

@@ -153,8 +153,9 @@ def _offered(
         return model.view
     layer_index = model.layer_index
     if layer_index.main is None:
-        stacks = ", ".join(sorted(layer_index.stacks)) or "none"
-        message = f"{model.label}: cannot tell which stack `layer_range` counts in ({stacks})"
+        stacks = sorted(layer_index.stacks)
+        several = ", ".join(stacks) or "it has none"
+        message = f"{model.label}: cannot tell which stack `layer_range` counts in ({several})"
         hint = "Name its parts: a section `modules:` has slices for each." if stacks else ""
         into.problems.append(Problem(message, output_slice.key, hint=hint))
         return None

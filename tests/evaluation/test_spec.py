@@ -26,6 +26,17 @@ def test_a_file_beside_a_task_of_its_name(tmp_path: Path) -> None:
     assert [task.name for task in spec.tasks] == ["x", "a/x.jsonl", "y"]
 
 
+def test_a_name_that_is_another_files_path_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "eval.yaml"
+    file.write_text(
+        "tasks:\n  - {task: loss, name: x, data: o.jsonl}\n"
+        "  - {task: loss, name: a/x.jsonl, data: o.jsonl}\n"
+    )
+    (tmp_path / "o.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UsageError, match=r"a/x.jsonl is to be evaluated twice"):
+        spec_of(file, [Path("a/x.jsonl")])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
