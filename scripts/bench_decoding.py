@@ -19,7 +19,7 @@ import numpy as np
 from merge_cli.formats.gguf.blocks import BLOCK_TYPES
 from merge_cli.formats.packed import unpack
 from merge_cli.formats.small_floats import fp4_numbers
-from merge_cli.kernels.matrices import low_rank_product, singular_values
+from merge_cli.kernels.matrices import add_low_rank, singular_values
 from merge_cli.kernels.measures import Relations, add_relations
 
 NUMBERS = 65_536
@@ -61,10 +61,9 @@ def main() -> None:
     show("codes of 4 bits", lambda: unpack(codes, 4), NUMBERS)
     show("E2M1", lambda: fp4_numbers(codes), NUMBERS)
     for rank in (16, 64):
-        left, right = floats(54, rank), floats(rank, 4864)
-        show(
-            f"low-rank product of {rank}", lambda a=left, b=right: low_rank_product(a, b), 54 * 4864
-        )
+        left, right, total = floats(54, rank), floats(rank, 4864), floats(54, 4864)
+        label = f"low-rank product of {rank}"
+        show(label, lambda a=left, b=right, t=total: add_low_rank(a, b, 0.5, t), 54 * 4864)
     rows, sums = floats(4, NUMBERS), Relations.empty(3)
     show("relations of three", lambda: add_relations(list(rows), [2.0] * 3, sums), NUMBERS)
     square = random.normal(size=(256, 256))

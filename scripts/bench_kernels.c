@@ -142,16 +142,19 @@ i64 absolute_runs(ARRAY(float, a), i64 run, ARRAY(double, sums)) {
     return 0;
 }
 
-i64 low_rank_product(MATRIX(float, left), MATRIX(float, right), MATRIX(float, out)) {
+i64 add_low_rank(MATRIX(float, left), MATRIX(float, right), float scale, MATRIX(float, out)) {
+    float sums[TILE];
     for (i64 i = 0; i < out_n; i++)
         for (i64 begin = 0; begin < right_m; begin += TILE) {
             i64 n = MIN(TILE, right_m - begin);
             float *restrict total = out + i * out_m + begin;
+            for (i64 j = 0; j < n; j++) sums[j] = 0;
             for (i64 k = 0; k < right_n; k++) {
                 const float *restrict row = right + k * right_m + begin;
                 float factor = left[i * left_m + k];
-                for (i64 j = 0; j < n; j++) total[j] = total[j] + row[j] * factor;
+                for (i64 j = 0; j < n; j++) sums[j] = sums[j] + row[j] * factor;
             }
+            for (i64 j = 0; j < n; j++) total[j] = total[j] + sums[j] * scale;
         }
     return 0;
 }

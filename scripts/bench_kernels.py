@@ -122,7 +122,7 @@ def cases(size: int) -> list[Case]:
         ready("add_scaled", base, F32(0.4), row.copy(), moved=12),
         ready("dot_runs", base, row, BLOCK_MULTIPLE, runs, moved=8),
         ready("absolute_runs", base, BLOCK_MULTIPLE, runs, moved=4),
-        ready("low_rank_product", left, right, table, moved=8, elements=table.size,
+        ready("add_low_rank", left, right, F32(0.5), table, moved=8, elements=table.size,
               note=f"rank {rank}"),
         ready("count_range", row, low, high, shift, counts, moved=4),
         ready("count_keys", row, few, *numbers, moved=4, note="8 keys"),

@@ -251,10 +251,8 @@ def read_numbers(read: Read, tensor: Tensor, start: int, count: int) -> Any:
     if count:
         tensor.fill(read, start, raw.data)
     if tensor.dtype == "BF16":
-        wide = raw.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return raw.view(numpy_dtype(tensor.dtype)).astype(np.float32)
+        return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+    return raw.view(numpy_dtype(tensor.dtype)).astype(np.float32, copy=False)
 
 
 def fill_rows(buffer: memoryview, start: int, width: int, rows: Callable[[int, int], Any]) -> None:

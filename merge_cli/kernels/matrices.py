@@ -4,11 +4,9 @@ A pool's threads do this side by side. BLAS and LAPACK would bring threads of th
 for one another in loops: on a busy machine that is tens of times slower. And the last bits of what
 they compute depend on the number of those threads.
 
-A low-rank product of two thin matrices, added up in a written order.
-
-Element (i, j) is the sum over k of left[i, k] * right[k, j], from k = 0 on, every product and every
-sum rounded by itself in float32. So it depends on neither the rows that are asked for together nor
-on a BLAS library's blocks.
+The product of two thin matrices is added up in a written order: element (i, j) is the sum over k of
+left[i, k] * right[k, j], from k = 0 on, every product and every sum rounded by itself in float32.
+So it depends on neither the rows that are asked for together nor on a BLAS library's blocks.
 """
 
 from __future__ import annotations
@@ -65,25 +63,32 @@ def _without_noise(values: Any) -> Any:
 
 
 @host_primitive
-def low_rank_product(left: Any, right: Any) -> Any:
-    """left [n, rank] times right [rank, m], numpy float32; float32 [n, m]."""
+def add_low_rank(left: Any, right: Any, scale: float, out: Any) -> None:
+    """out += scale * (left @ right), in place.
+
+    Args:
+        left, right, out: numpy float32 [n, rank], [rank, m] and [n, m].
+    """
     import numpy as np
 
-    out = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    product = np.zeros_like(out)
     for k in range(left.shape[1]):
-        out += left[:, k, None] * right[None, k]
-    return out
+        product += left[:, k, None] * right[None, k]
+    product *= np.float32(scale)
+    out += product
 
 
-@low_rank_product.compiled
-def _low_rank_product_compiled(left: Any, right: Any) -> Any:
+@add_low_rank.compiled
+def _add_low_rank_compiled(left: Any, right: Any, scale: float, out: Any) -> None:
     import numpy as np
 
     from merge_cli.kernels import compiled
 
-    out = np.zeros((left.shape[0], right.shape[1]), np.float32)
-    compiled.low_rank_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out)
-    return out
+    factors = np.ascontiguousarray(left), np.ascontiguousarray(right)
+    target = np.ascontiguousarray(out)
+    compiled.add_low_rank(*factors, np.float32(scale), target)
+    if target is not out:
+        out[:] = target
 
 
 @host_primitive

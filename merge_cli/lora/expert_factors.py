@@ -15,7 +15,7 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, fill_rows, read_numbers
-from merge_cli.kernels.matrices import low_rank_product
+from merge_cli.kernels.matrices import add_low_rank
 
 _CACHE_BYTES = 2**28  # bytes of factors that stay in memory: the experts of one layer share theirs
 
@@ -142,8 +142,6 @@ class PatchedTensor(Float32):
 
     def _rows(self, read: Read, first: int, last: int) -> Any:
         """Rows [first, last) of the matrices one below the other."""
-        import numpy as np
-
         height, width = self.shape[-2:]
         rows = read_numbers(read, self.weight, first * width, (last - first) * width)
         rows = rows.reshape(last - first, width)
@@ -153,9 +151,9 @@ class PatchedTensor(Float32):
             if low >= high:
                 continue
             left = patch.left.read(read, self.fingerprint, low - begin, high - low)
-            update = low_rank_product(left, patch.right.read(read, self.fingerprint))
             columns = slice(patch.column, patch.column + patch.right.columns)
-            rows[low - first : high - first, columns] += np.float32(patch.scale) * update
+            covered = rows[low - first : high - first, columns]
+            add_low_rank(left, patch.right.read(read, self.fingerprint), patch.scale, covered)
         return rows
 
 

@@ -16,7 +16,7 @@ from merge_cli.checkpoint.config import WITH_CONV1D
 from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, fill_rows, read_numbers
-from merge_cli.kernels.matrices import low_rank_product
+from merge_cli.kernels.matrices import add_low_rank
 from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts
 from merge_cli.lora.config import configured_rank, scale_of
 from merge_cli.lora.expert_factors import read_cached
@@ -85,9 +85,7 @@ class UpdatedTensor(Float32):
         columns = self.shape[1]
         rows = read_numbers(read, self.weight, first * columns, (last - first) * columns)
         rows = rows.reshape(last - first, columns)
-        update = low_rank_product(self._left(read, first, last), self._right(read))
-        update *= np.float32(self.scale)
-        rows += update
+        add_low_rank(self._left(read, first, last), self._right(read), self.scale, rows)
         if self.magnitude is not None:
             magnitudes = read_numbers(read, self.magnitude, first, last - first)
             # The length of each row by itself, in float64: it depends on no other row.

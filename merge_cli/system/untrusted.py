@@ -125,7 +125,8 @@ def parse_json(text: str | bytes) -> Any:
         if not isinstance(plain, str):
             plain = plain.decode(json.detect_encoding(plain), "surrogatepass")
         # A function for each number takes longer than all the rest: a vocabulary has 150,000.
-        hook = _integer if _LONG_NUMBER.search(plain) else None
+        alike = plain.encode(errors="surrogatepass").translate(_ALIKE)
+        hook = _integer if _LONG_NUMBER in alike else None
         result = json.loads(plain, parse_int=hook)
     except Unreadable:
         raise
@@ -159,7 +160,10 @@ def plain_json(content: bytes) -> bytes:
 
 def may_hold_no_number(content: bytes) -> bool:
     """Whether JSON seems to hold NaN or Infinity, which only its parsed form tells for certain."""
-    return any(pattern.search(content) for pattern in _NO_NUMBERS)
+    if any(pattern.search(content) for pattern in _NO_NUMBERS):
+        return True
+    alike = content.translate(_ALIKE)
+    return any(digits in alike for digits in _TOO_LARGE)
 
 
 def read_json(
@@ -239,7 +243,10 @@ def called(character: str) -> str:
     return f"a control character (U+{ord(character):04X})"
 
 
-_LONG_NUMBER = re.compile(f"[0-9]{{{MAX_DIGITS + 1}}}")
+# What numbers are made of, alike: finding fixed bytes takes a tenth of the time of a pattern that
+# looks at every digit of a vocabulary.
+_ALIKE = bytes.maketrans(b"123456789.E", b"0000000000e")
+_LONG_NUMBER = b"0" * (MAX_DIGITS + 1)
 
 
 def _integer(digits: str) -> int:
@@ -248,12 +255,13 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-# As Python's JSON spells them, outside of texts; and numbers too large for a float.
+# As Python's JSON spells them, outside of texts; and numbers too large for a float, as `_ALIKE`.
 _NO_NUMBERS = (
     re.compile(rb"NaN(?=\s*(?:[,\]}]|\Z))"),
     re.compile(rb"Infinity(?=\s*(?:[,\]}]|\Z))"),
-    re.compile(rb"[0-9.](?:[eE]\+?[0-9]{3}|[0-9]{299})"),  # one look at every digit
 )
+# With two digits of an exponent it takes 200 before it.
+_TOO_LARGE = (b"0e000", b"0e+000", b"0" * 200)
 _OPEN = re.compile("limit|max|min")  # keys whose value bounds others: no bound is Infinity
 _NESTING = {list, dict}
 

@@ -34,23 +34,25 @@ class SourceVocabulary:
     numbers: Mapping[str, int]
     rows: int
 
-    def rows_of(self, keys: Sequence[Key]) -> Any:
+    def rows_of(self, keys: Sequence[Key], unnamed: Any, numbers: Any) -> Any:
         """The row of each key, -1 where it has none: numpy int64.
 
-        A key that is a number is that row, if it is there and has no token.
+        Args:
+            unnamed: which keys are numbers: each is that row, if it is there and has no token.
+            numbers: those keys.
         """
         import numpy as np
 
         get: Any = self.numbers.get
         rows = np.fromiter(map(get, keys, repeat(-1)), np.int64, len(keys))
         rows[rows >= self.rows] = -1
-        unnamed = [i for i, key in enumerate(keys) if type(key) is int and key < self.rows]
-        if unnamed:
-            numbers = np.fromiter(self.numbers.values(), np.int64, len(self.numbers))
-            has_token = np.zeros(self.rows, bool)
-            has_token[numbers[(numbers >= 0) & (numbers < self.rows)]] = True
-            padding = np.array([keys[i] for i in unnamed], np.int64)
-            rows[unnamed] = np.where(has_token[padding], -1, padding)
+        if len(unnamed):
+            named = np.fromiter(self.numbers.values(), np.int64, len(self.numbers))
+            is_free = np.ones(self.rows, bool)
+            is_free[named[(named >= 0) & (named < self.rows)]] = False
+            inside = numbers < self.rows
+            at, padding = unnamed[inside], numbers[inside]
+            rows[at] = np.where(is_free[padding], padding, -1)
         return rows
 
 
@@ -83,7 +85,11 @@ class TokenAligner:
         rows = np.zeros((count, len(keys)), np.int64)
         means: dict[int, list[RowIndex]] = {}
         unfilled = 0
-        rows_of_sources = np.stack([source.rows_of(keys) for source in self._vocabularies])
+        unnamed = np.array([i for i, key in enumerate(keys) if type(key) is int], np.int64)
+        numbers = np.array([keys[i] for i in unnamed], np.int64)
+        rows_of_sources = np.stack(
+            [source.rows_of(keys, unnamed, numbers) for source in self._vocabularies]
+        )
         everywhere = (rows_of_sources >= 0).all(axis=0)
         if any(rule.force for rule in self._rules.values()):
             everywhere = everywhere & np.array([not self._forced(key) for key in keys])

@@ -123,6 +123,8 @@ def test_every_encoding_of_json(tmp_path: Path, encoding: str) -> None:
         ('{"rms_norm_eps": 1e999}', "rms_norm_eps is infinite"),
         ('{"rms_norm_eps": -Infinity}', "rms_norm_eps is infinite"),
         ('{"rms_norm_eps": ' + "9" * 400 + ".0}", "rms_norm_eps is infinite"),
+        ('{"rms_norm_eps": ' + "9" * 290 + "e20}", "rms_norm_eps is infinite"),
+        ('{"rms_norm_eps": 0.5E+0400}', "rms_norm_eps is infinite"),
         ('{"time_step_limit": [0.0, NaN]}', r"time_step_limit\[1\] is NaN"),
         ("[Infinity]", r"\[0\] is infinite"),
         ("NaN", "it is NaN"),

@@ -35,7 +35,7 @@ _MODULES = {
     "relations": "count_relations read_sample relate_streams",
     "singular": "eigenvalues own_products reflect tridiagonal",
     "streams": "count_stream dot_stream find_stream merge_streams sample_stream",
-    "sums": "absolute_runs add_scaled dot_runs low_rank_product weighted_sum",
+    "sums": "absolute_runs add_low_rank add_scaled dot_runs weighted_sum",
     "tiles": "BF16 COUNT F16 FLOAT32 NOTHING WEIGHTS",
     "turned": "turned_eights turned_fp4 turned_words",
 }

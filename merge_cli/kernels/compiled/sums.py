@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.arrays import copy_64, new_f32, new_f64, window
-from merge_cli.kernels.compiled.kernel import CHUNK, kernel
+from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
 
 _ACCUMULATORS = 64
 
@@ -72,15 +72,16 @@ def absolute_runs(a, run, sums):
         sums[r] = total
 
 
-@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])", side_by_side=True)
-def low_rank_product(left, right, out):
-    """out += left @ right, k after k: a product, then an addition, each rounded.
+@kernel("void(f4[:, ::1], f4[:, ::1], f4, f4[:, ::1])", side_by_side=True)
+def add_low_rank(left, right, scale, out):
+    """out += scale * (left @ right), k after k: a product, then an addition, each rounded.
 
     The sums of 64 columns stay in registers for all k. `right` of these columns is copied, for all
     rows: apart by a power of two its rows would push one another out of the cache.
     """
     rank, columns = right.shape
-    panel = new_f32(rank * 64)
+    panel, zeros = new_f32(rank * 64), new_f32(64)
+    zeros[:] = F32(0)
     whole = columns // 64 * 64
     for first in range(0, whole, 64):
         for k in range(rank):
@@ -88,15 +89,17 @@ def low_rank_product(left, right, out):
             for j in range(64):
                 packed[j] = row[j]
         for i in range(len(out)):
-            total = window(out, i * columns + first, 64)
-            sums = copy_64(total, 0)
+            sums = copy_64(zeros, 0)
             for k in range(rank):
                 row, factor = window(panel, k * 64, 64), left[i, k]
                 for j in range(64):
                     sums[j] = sums[j] + row[j] * factor
+            total = window(out, i * columns + first, 64)
             for j in range(64):
-                total[j] = sums[j]
+                total[j] = total[j] + sums[j] * scale
     for i in range(len(out)):
         for j in range(whole, columns):
+            total = F32(0)
             for k in range(rank):
-                out[i, j] = out[i, j] + right[k, j] * left[i, k]
+                total = total + right[k, j] * left[i, k]
+            out[i, j] = out[i, j] + total * scale
