@@ -21,7 +21,7 @@ from merge_cli.tokenizer.aligned import AlignedVocabulary
 from merge_cli.tokenizer.conversion import converted_vocabulary
 from merge_cli.tokenizer.embeddings import embedding_rows_of, names_with_tokens
 from merge_cli.tokenizer.files import check_numbers, opaque_files, read_vocabulary
-from merge_cli.tokenizer.rows import Key, SourceVocabulary, TokenAligner
+from merge_cli.tokenizer.rows import SourceVocabulary, TokenAligner
 from merge_cli.tokenizer.truncation import truncated
 from merge_cli.tokenizer.union import join
 
@@ -84,9 +84,6 @@ class _Alignment:
         multiple = self._spec.pad_to_multiple_of
         if multiple:
             rows = -(-rows // multiple) * multiple
-        keys: list[Key] = list(range(used_rows))
-        for token, number in vocabulary.items():
-            keys[number] = token
         vocabularies = [
             SourceVocabulary(*fields)
             for fields in zip(
@@ -94,7 +91,10 @@ class _Alignment:
             )
         ]
         aligner = TokenAligner(self._recipe, vocabularies, self._base, self._index)
-        tables = [padded(table, rows, vocabulary.values()) for table in aligner.tables(keys)]
+        tables = [
+            padded(table, rows, vocabulary.values())
+            for table in aligner.tables(vocabulary, used_rows)
+        ]
         if aligner.problems:
             raise RecipeError(aligner.problems)
         self._notes += aligner.notes
