@@ -103,7 +103,7 @@ def workers_for(
             sharing=max(resources.fit(node) for node in nodes),
         )
         note = f"trying merges on a Ray cluster, up to {count} at once, each with {resources}"
-        on_progress(Progress("cluster", 0, 0, f"{note} of memory"))
+        on_progress(Progress("cluster", 0, 0, note))
         pool: ActorPool[Job, Answer] = ActorPool(
             ray, partial(StepWorker, there), resources, count, on_progress
         )

@@ -39,7 +39,7 @@ class Worker(Protocol[JobOf, AnswerOf]):
 
 @dataclass(frozen=True)
 class Resources:
-    """What each process reserves on its node: CPUs, GPUs, bytes of memory."""
+    """What each process reserves on its node: CPUs, GPUs, bytes of memory (0: none)."""
 
     cpus: int
     gpus: int
@@ -47,13 +47,15 @@ class Resources:
 
     def fit(self, node: Node) -> int:
         """How many of these processes a node has room for."""
-        counts = [node.cpus // self.cpus, node.memory // self.memory]
-        return min(counts + ([node.gpus // self.gpus] if self.gpus else []))
+        pairs = (node.cpus, self.cpus), (node.memory, self.memory), (node.gpus, self.gpus)
+        return min(there // needed for there, needed in pairs if needed)
 
     def __str__(self) -> str:
         """In words."""
-        gpus = f", {self.gpus} GPU" if self.gpus else ""
-        return f"{self.cpus} CPU{'s' * (self.cpus > 1)}{gpus} and {show_size(self.memory)}"
+        parts = [f"{self.cpus} CPU{'s' * (self.cpus > 1)}"]
+        parts += [f"{self.gpus} GPU"] if self.gpus else []
+        memory = [f" and {show_size(self.memory)} of memory"] if self.memory else []
+        return ", ".join(parts) + "".join(memory)
 
 
 def room_for(nodes: Sequence[Node], resources: Resources) -> int:
@@ -65,7 +67,7 @@ def room_for(nodes: Sequence[Node], resources: Resources) -> int:
     count = sum(resources.fit(node) for node in nodes)
     if not count:
         hint = "Give fewer --threads, or start nodes with more memory (`ray start --memory=BYTES`)."
-        raise ResourceError(f"no node of the Ray cluster has {resources} of memory", hint=hint)
+        raise ResourceError(f"no node of the Ray cluster has {resources}", hint=hint)
     return count
 
 
@@ -136,6 +138,7 @@ class ActorPool(Generic[Job, Answer]):
     Args:
         make: makes what answers jobs, in each process; it is sent there.
         on_progress: of all of them.
+        failed: failed(job, why) is the answer of a job that has failed; by default it is an error.
     """
 
     def __init__(
@@ -145,13 +148,16 @@ class ActorPool(Generic[Job, Answer]):
         resources: Resources,
         count: int,
         on_progress: OnProgress,
+        *,
+        failed: Callable[[Job, str], Answer] | None = None,
     ) -> None:
         self._ray, self.count, self._on_progress = ray, count, on_progress
+        self._failed = failed
         self._resources, self._make, self._around = resources, ray.put(make), Surroundings.here()
         self._remote = ray.remote(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            memory=resources.memory,
+            memory=resources.memory or None,
             max_concurrency=2,  # one for `answer`, one for `news` and `stop`
             max_restarts=0,
         )(_Actor)
@@ -159,6 +165,7 @@ class ActorPool(Generic[Job, Answer]):
         self._busy: dict[Any, _Assignment[Job]] = {}  # by the call that answers
         self._again: list[_Assignment[Job]] = []
         self._asked: dict[Any, Any] = {}  # calls of `news` -> the actor
+        self._room = count  # for so many processes, as far as is known
         self._began = time.monotonic()
         self._answered = False
 
@@ -171,7 +178,7 @@ class ActorPool(Generic[Job, Answer]):
 
         Raises:
             MergeCliError: as the worker does.
-            ResourceError: a job has lost several processes.
+            ResourceError: a job has failed, or lost several processes; not where `failed` answers.
         """
         while True:
             self._take_from_waiting()
@@ -185,14 +192,21 @@ class ActorPool(Generic[Job, Answer]):
                 try:
                     answer = self._ray.get(call)
                 except self._ray.exceptions.RayTaskError as error:
+                    self._idle.append(assignment.actor)  # it lives
                     message = f"a process on the Ray cluster failed: {reason(error)}"
-                    raise ResourceError(message) from error
+                    answer = self._answer_of_failed(assignment.job, message, error)
                 except self._ray.exceptions.RayError as error:
-                    self._lose(assignment, error)
-                    continue
-                self._idle.append(assignment.actor)
-                if isinstance(answer, MergeCliError):
-                    raise answer
+                    self._ray.kill(assignment.actor)
+                    if assignment.attempts < _ATTEMPTS:
+                        self._do_again(assignment, error)
+                        continue
+                    lost = f"{assignment.job} has lost {_ATTEMPTS} processes: {reason(error)}"
+                    hint = f"Each of them had {self._resources}."
+                    answer = self._answer_of_failed(assignment.job, lost, error, hint)
+                else:
+                    self._idle.append(assignment.actor)
+                    if isinstance(answer, MergeCliError):
+                        raise answer
                 self._answered = True
                 yield assignment.job, answer
 
@@ -213,7 +227,7 @@ class ActorPool(Generic[Job, Answer]):
         self._idle, self._busy, self._again, self._asked = [], {}, [], {}
 
     def _give(self, jobs: Iterator[Job | None]) -> None:
-        while len(self._busy) < self.count:
+        while len(self._busy) < self.count and (self._idle or self._has_room()):
             if self._again:
                 assignment = self._again.pop()
             elif (job := next(jobs, None)) is not None:
@@ -229,10 +243,19 @@ class ActorPool(Generic[Job, Answer]):
                 assignment.starting = assignment.actor.host.remote()
             self._busy[assignment.actor.answer.remote(assignment.job)] = assignment
 
+    def _has_room(self) -> bool:
+        """Whether one more process would find room: as far as is known, or as Ray says."""
+        if len(self._busy) + len(self._idle) < self._room:
+            return True
+        free, needed = self._ray.available_resources(), self._resources
+        required = {"CPU": needed.cpus, "GPU": needed.gpus, "memory": needed.memory}
+        return all(free.get(kind, 0) >= amount for kind, amount in required.items())
+
     def _take_from_waiting(self) -> None:
         """Give jobs of processes that find no room to those that have nothing to do.
 
-        Where a node is lost, or others use the cluster, there is less room than there was.
+        Where a node is lost, or others use the cluster, there is less room than there was: no
+        further job waits for it.
         """
         for call, assignment in [*self._busy.items()]:
             if len(self._again) >= len(self._idle):
@@ -245,15 +268,17 @@ class ActorPool(Generic[Job, Answer]):
                 del self._busy[call]
                 assignment.attempts -= 1
                 self._again.append(assignment)
+                self._room = len(self._busy) + len(self._idle)
 
-    def _lose(self, assignment: _Assignment[Job], error: Exception) -> None:
-        self._ray.kill(assignment.actor)
-        if assignment.attempts >= _ATTEMPTS:
-            message = f"{assignment.job} has lost {_ATTEMPTS} processes: {reason(error)}"
-            raise ResourceError(message, hint=f"Each of them had {self._resources} of memory.")
+    def _do_again(self, assignment: _Assignment[Job], error: Exception) -> None:
         note = f"a process was lost, another one does {assignment.job} again: {reason(error)}"
         self._on_progress(Progress("cluster", 0, 0, note))
         self._again.append(assignment)
+
+    def _answer_of_failed(self, job: Job, why: str, error: Exception, hint: str = "") -> Answer:
+        if self._failed is None:
+            raise ResourceError(why, hint=hint) from error
+        return self._failed(job, why)
 
     def _pass_news(self) -> None:
         """Say what the processes have said since the last time."""
@@ -273,5 +298,5 @@ class ActorPool(Generic[Job, Answer]):
                 self._on_progress(progress)
         if not self._answered and time.monotonic() - self._began > _PATIENCE:
             self._answered = True  # said once
-            note = f"waiting for {self._resources} of memory to be free on the Ray cluster"
+            note = f"waiting for {self._resources} to be free on the Ray cluster"
             self._on_progress(Progress("cluster", 0, 0, note))

@@ -37,6 +37,9 @@ class EvaluationJob:
     share: float = 1.0
     keep_examples: bool = False
 
+    def __str__(self) -> str:
+        return f"candidate {self.number}"
+
 
 @dataclass(frozen=True)
 class EvaluationOutcome:

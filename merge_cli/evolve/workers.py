@@ -2,31 +2,29 @@
 
 All give the same outcomes for the same jobs, in different order. Each process or actor loads the
 model once, an actor on its own GPU if there is one. On a cluster the recipe's models must have the
-same paths on every node. A lost actor is replaced, and its job repeated; a candidate that has lost
-two actors has failed.
+same paths on every node. A lost actor is replaced, and its job repeated: see `cluster.actors`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from merge_cli.cluster.connection import Surroundings
+from merge_cli.cluster.actors import ActorPool, Resources
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evolve.evaluator import Evaluator
 from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
+from merge_cli.options import OnProgress, ignore_progress
 from merge_cli.recipe.search import Search
 from merge_cli.system.processes import end_with
 
 _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
-_ATTEMPTS = 2  # actors that evaluate one candidate before it has failed
 
 
 class Workers(Protocol):
@@ -146,27 +144,6 @@ def portable(error: MergeCliError) -> MergeCliError:
     return (SourceError if isinstance(error, SourceError) else MergeCliError)(str(error))
 
 
-class _Actor:
-    """An actor's evaluator."""
-
-    def __init__(self, setup: Setup, around: Surroundings) -> None:
-        around.take()
-        self._setup = setup
-        self._evaluator: Evaluator | None = None
-
-    def answer(self, job: EvaluationJob) -> EvaluationOutcome | MergeCliError:
-        """An outcome, or the error because of which this actor cannot evaluate."""
-        try:
-            self._evaluator = self._evaluator or Evaluator(self._setup)
-            return self._evaluator.answer(job)
-        except MergeCliError as error:
-            return portable(error)
-
-    def pid(self) -> int:
-        """The id of the actor's process."""
-        return os.getpid()
-
-
 class RayWorkers:
     """Up to `count` actors on the cluster of the merge, else of RAY_ADDRESS, else started here.
 
@@ -185,66 +162,33 @@ class RayWorkers:
         gpus = resources.get("GPU", 0) > 0 and setup.options.device != "cpu"
         # Ray would wait forever for an actor that the cluster has no resources for.
         room = int(resources.get("GPU" if gpus else "CPU", 0))
-        self._count = room if count is None else min(count, room)
-        if not self._count:
+        if not room:
             raise ResourceError("the Ray cluster has no CPU for a worker")
         options = replace(setup.options, device="cuda" if gpus else "cpu")
         splits = {
             name: replace(split, spec=split.spec.changed(device=options.device))
             for name, split in setup.objective.splits.items()
         }
-        self._setup = replace(
-            setup, options=options, objective=replace(setup.objective, splits=splits)
+        there = replace(setup, options=options, objective=replace(setup.objective, splits=splits))
+        self.pool: ActorPool[EvaluationJob, EvaluationOutcome] = ActorPool(
+            ray,
+            partial(_evaluator, there),
+            Resources(1, int(gpus), 0),
+            room if count is None else min(count, room),
+            ignore_progress,
+            failed=lambda job, why: EvaluationOutcome(job.number, error=why),
         )
-        self._remote: Any = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(_Actor)
-        self._idle: list[Any] = []
 
     def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
-        failures = self._ray.exceptions
-        to_repeat: list[EvaluationJob] = []  # jobs of lost actors
-        upcoming = iter(jobs)
-        busy: dict[Any, tuple[Any, EvaluationJob]] = {}  # reference -> (actor, job)
-        lost: Counter[int] = Counter()
-        while True:
-            while len(busy) < self._count:
-                next_job = to_repeat.pop() if to_repeat else next(upcoming, None)
-                if next_job is None:
-                    break
-                actor = (
-                    self._idle.pop()
-                    if self._idle
-                    else self._remote.remote(self._setup, Surroundings.here())
-                )
-                busy[actor.answer.remote(next_job)] = actor, next_job
-            if not busy:
-                return
-            ready, _ = self._ray.wait(list(busy), num_returns=1)
-            actor, job = busy.pop(ready[0])
-            try:
-                answer = self._ray.get(ready[0])
-            except failures.RayTaskError as error:  # the actor is alive, and could not start
-                self._idle.append(actor)
-                cause = str(error).strip().rpartition("\n")[2]
-                yield EvaluationOutcome(job.number, error=f"in its actor: {cause}")
-                continue
-            except failures.RayError as error:  # actor, node or object lost, or killed for memory
-                self._ray.kill(actor)
-                lost[job.number] += 1
-                if lost[job.number] < _ATTEMPTS:
-                    to_repeat.append(job)
-                    continue
-                yield EvaluationOutcome(
-                    job.number, error=f"its actors were lost: {str(error).strip()}"
-                )
-                continue
-            self._idle.append(actor)
-            if isinstance(answer, BaseException):
-                raise answer
-            yield answer
+        for _, outcome in self.pool.run(iter(jobs)):
+            yield outcome
 
     def close(self) -> None:
-        for actor in self._idle:
-            self._ray.kill(actor)
-        self._idle.clear()
+        self.pool.close()
         if self._started:
             self._ray.shutdown()
+
+
+def _evaluator(setup: Setup, on_progress: OnProgress) -> Evaluator:
+    """What evaluates in an actor; the search says how far it is."""
+    return Evaluator(setup)

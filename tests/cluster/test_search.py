@@ -31,7 +31,7 @@ def test_candidates_are_evaluated_on_the_nodes(
 
     def counted(self: RayWorkers, setup: Setup, count: int | None) -> None:
         real(self, setup, count)
-        counts.append(self._count)
+        counts.append(self.pool.count)
 
     monkeypatch.setattr(RayWorkers, "__init__", counted)
     options = replace(OPTIONS, ray=nodes.cluster.address)

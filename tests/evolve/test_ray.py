@@ -14,9 +14,15 @@ from merge_cli.evolve import workers
 from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.workers import RayWorkers
 from tests.support.evolve_tiny import journal, run_search, write_family, write_search
+from tests.support.ray_nodes import Nodes
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("nodes")]  # Ray's own
+
+
+def process_of(actor: object) -> int:
+    """Runs in an actor: the number of its process."""
+    return os.getpid()
 
 
 @pytest.fixture
@@ -35,8 +41,8 @@ def test_a_lost_actor_is_replaced_and_nothing_changes(
     def killing(self: RayWorkers, jobs: Any) -> Iterator[EvaluationOutcome]:
         for number, outcome in enumerate(run(self, jobs)):
             yield outcome
-            if number == 1 and not killed and self._idle:
-                killed.append(ray.get(self._idle[-1].pid.remote()))
+            if number == 1 and not killed and self.pool._idle:
+                killed.append(ray.get(self.pool._idle[-1].__ray_call__.remote(process_of)))
                 os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(RayWorkers, "run", killing)
@@ -52,17 +58,37 @@ def test_a_lost_actor_is_replaced_and_nothing_changes(
     assert by_place(two.folder.path) == by_place(one.folder.path)
 
 
+def test_a_lost_node_is_not_waited_for(
+    nodes: Nodes, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is less room than there was, and nobody else gives any up."""
+    one = run_search(write_search(folder, {"evaluations": 8}), folder / "one")
+    nodes.add()
+    run = RayWorkers.run
+
+    def killing(self: RayWorkers, jobs: Any) -> Iterator[EvaluationOutcome]:
+        for number, outcome in enumerate(run(self, jobs)):
+            yield outcome
+            if number == 0 and len(nodes.added) > 1:
+                nodes.kill()
+
+    monkeypatch.setattr(RayWorkers, "run", killing)
+    recipe = write_search(folder, {"evaluations": 8, "engine": "ray", "workers": 3})
+    two = run_search(recipe, folder / "two")
+    assert not any(one["error"] for one in two.record["history"])
+    assert two.text == one.text
+
+
 def test_ray_says_what_goes_wrong_in_an_actor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
-        def __init__(self, setup: object, around: object) -> None:
-            pass
-
         def answer(self, job: EvaluationJob) -> EvaluationOutcome:
             raise ValueError("no such thing")
 
-    monkeypatch.setattr(workers, "_Actor", Broken)
+    monkeypatch.setattr(workers, "_evaluator", lambda setup, on_progress: Broken())
     recipe = write_search(folder, {"engine": "ray", "failures": 2, "evaluations": 4})
-    with pytest.raises(Exception, match="in its actor: ValueError: no such thing"):
+    with pytest.raises(
+        Exception, match="process on the Ray cluster failed: ValueError: no such thing"
+    ):
         run_search(recipe, folder / "out")
