@@ -224,6 +224,19 @@ static i64 count_kept_row(const float *x, i64 n, u32 threshold, i64 ties) {
 
 i64 count_kept(ARRAY(float, x), u32 threshold, i64 ties) { return count_kept_row(x, x_n, threshold, ties); }
 
+i64 distinct_keys(ARRAY(u32, sample), u32 low, u32 high, ARRAY(u32, distinct)) {
+    i64 count = 0;
+    for (i64 i = 0; i < sample_n; i++) {
+        u32 k = sample[i];
+        if (k - low > high - low) continue;
+        i64 n = 0;
+        while (n < count && distinct[n] != k) n++;
+        if (n == distinct_n) return n + 1;
+        if (n == count) distinct[count++] = k;
+    }
+    return count;
+}
+
 i64 find_tie(ARRAY(float, x), u32 threshold, i64 ordinal) {
     i64 seen = 0;
     for (i64 begin = 0; begin < x_n; begin += TILE) {

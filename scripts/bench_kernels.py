@@ -103,6 +103,7 @@ def cases(size: int) -> list[Case]:
     left = (rng.standard_normal((size // columns, rank))).astype(F32)
     right = rng.standard_normal((rank, columns)).astype(F32)
     table = base[: size // columns * columns].reshape(-1, columns)
+    few_of_many = rng.integers(0, 500, size).astype(U32)
     sparse = np.where(rng.random(size) < 0.02, 3, 0).astype(np.int32)
     square = rng.standard_normal((64, 512))
     own = square @ square.T
@@ -128,6 +129,7 @@ def cases(size: int) -> list[Case]:
         ready("count_keys", row, few, *numbers, moved=4, note="8 keys"),
         ready("trim", deltas, cut, np.zeros(3, np.int64), out3, moved=24),
         ready("count_kept", row, half, 0, moved=4),
+        ready("distinct_keys", few_of_many, U32(0), U32(7), np.empty(8, U32), moved=4),
         ready("find_tie", row, U32(2**31 - 1), 1, moved=4),
         ready("not_empty", sparse, np.empty(size, np.int32), np.empty(size, np.int64), moved=4),
         ready("kth_largest", deltas, np.full(3, size // 2), np.empty(3, np.int64),

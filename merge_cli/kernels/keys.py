@@ -264,6 +264,41 @@ def _find_tie_compiled(x: Array, threshold: float, ordinal: int) -> int:
     return int(compiled.find_tie(x, key_of(threshold), ordinal))
 
 
+def few_keys(sample: Keys, low: int, high: int, most: int) -> list[int]:
+    """The distinct keys of a sample (numpy) from low to high, ascending; none if more than `most`.
+
+    Args:
+        sample: uint32 or uint64.
+    """
+    import numpy as np
+
+    if sample.itemsize > 4:
+        distinct = np.unique(sample[(sample >= low) & (sample <= high)])
+        return distinct.tolist() if len(distinct) <= most else []
+    distinct = np.empty(most, np.uint32)
+    count = _distinct_keys(sample, low, high, distinct)
+    return sorted(distinct[:count].tolist()) if count <= most else []
+
+
+@host_primitive
+def _distinct_keys(sample: Keys, low: int, high: int, distinct: Keys) -> int:
+    """Fill `distinct` with the keys from low to high; how many, or one more than have room."""
+    import numpy as np
+
+    keys = np.unique(sample[(sample >= low) & (sample <= high)])
+    distinct[: len(keys)] = keys[: len(distinct)]
+    return min(len(keys), len(distinct) + 1)
+
+
+@_distinct_keys.compiled
+def _distinct_keys_compiled(sample: Keys, low: int, high: int, distinct: Keys) -> int:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    return int(compiled.distinct_keys(sample, np.uint32(low), np.uint32(high), distinct))
+
+
 def _torch_keys(x: Any) -> Any:
     import torch
 

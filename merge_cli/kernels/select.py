@@ -24,6 +24,7 @@ from merge_cli.kernels.keys import (
     KeyCounter,
     RangeCounter,
     SpanCounts,
+    few_keys,
     find_tie,
     keys,
     number,
@@ -225,24 +226,26 @@ def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
     if samples is None:
         blocks = [[keys(row) for row in rows] for rows in stream.sample(count)]
         samples = [np.concatenate(rows) for rows in zip(*blocks, strict=True)]
+    rows = [*np.stack([samples[i].view(f"f{samples[i].itemsize}") for i in requested])]
+    width, size = 8 * rows[0].itemsize - 1, len(rows[0])
+    bounds = [_bounds(k / stream.size, size) for k in requested.values()]
+    lows = kth_largest(rows, [size - low for low, _ in bounds])
+    highs = kth_largest(rows, [size - high for _, high in bounds])
     searches = {}
-    for i, k in requested.items():
-        sample = samples[i]
-        width = 8 * sample.itemsize - 1
-        share = k / stream.size
-        # Six standard deviations of a rank in a sample of independent elements; neighbours are
-        # alike, hence the rest.
-        error = 6 * math.sqrt(share * (1 - share) / len(sample)) + 1e-4
-        ranks = ((1 - share - error) * len(sample) - 2, (1 - share + error) * len(sample) + 2)
-        low, high = (min(max(int(rank), 0), len(sample) - 1) for rank in ranks)
-        ordered = np.sort(sample)  # numpy sorts integers faster than it selects two of them
-        bracket = ordered[low : high + 1]
-        bracket = bracket[:: max(1, len(bracket) // 4096)]
-        steps = np.flatnonzero(bracket[1:] != bracket[:-1]) + 1
+    for (i, k), (low, _), (high, _) in zip(requested.items(), lows, highs, strict=True):
         # Differences of 16-bit weights take few values: then one of these is the threshold.
-        few = [int(bracket[0]), *bracket[steps].tolist()] if len(steps) < _FEW else []
-        searches[i] = _Search(k, int(ordered[low]), int(ordered[high]), width, few)
+        candidates = few_keys(samples[i], low, high, _FEW)
+        searches[i] = _Search(k, low, high, width, candidates)
     return searches
+
+
+def _bounds(share: float, size: int) -> tuple[int, int]:
+    """Between which elements of an ordered sample, ascending, that share's threshold should be."""
+    # Six standard deviations of a rank in a sample of independent elements; neighbours are alike,
+    # hence the rest.
+    error = 6 * math.sqrt(share * (1 - share) / size) + 1e-4
+    low, high = (1 - share - error) * size - 2, (1 - share + error) * size + 2
+    return min(max(int(low), 0), size - 1), min(max(int(high), 0), size - 1)
 
 
 def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from merge_cli.kernels.keys import keys
+from merge_cli.kernels.keys import _distinct_keys, few_keys, keys
 from merge_cli.kernels.kth_largest import _sorted_ranks, kth_largest
 
 
@@ -59,3 +61,20 @@ def test_compiled_and_plain_agree(kind: str, share: float) -> None:
     assert kth_largest(rows, ks) == _sorted_ranks(rows, ks)
     # The same rows as one matrix, which is what a worker loads.
     assert kth_largest(list(np.stack(rows)), ks) == _sorted_ranks(rows, ks)
+
+
+@given(
+    st.lists(st.integers(0, 12), max_size=40), st.integers(0, 12), st.integers(0, 12),
+    st.integers(1, 9), st.sampled_from([np.uint32, np.uint64]),
+)  # fmt: skip
+def test_few_keys_are_all_that_lie_there(
+    sample: list[int], low: int, high: int, most: int, kind: type
+) -> None:
+    low, high = min(low, high), max(low, high)
+    there = sorted({key for key in sample if low <= key <= high})
+    expected = there if len(there) <= most else []
+    assert few_keys(np.array(sample, kind), low, high, most) == expected
+    if kind is np.uint32:
+        distinct = np.zeros(most, np.uint32)
+        count = _distinct_keys.reference(np.array(sample, kind), low, high, distinct)
+        assert count == min(len(there), most + 1)

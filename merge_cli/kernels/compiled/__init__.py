@@ -25,7 +25,7 @@ _MODULES = {
     "formats": "decode_bf16 decode_f16 encode_bf16 encode_f16 non_finite",
     "fused": "NOT_FINITE TOO_LARGE merge_disjoint merge_linear",
     "kernel": "Kernel available",
-    "magnitudes": "count_kept count_keys count_range find_tie not_empty trim",
+    "magnitudes": "count_kept count_keys count_range distinct_keys find_tie not_empty trim",
     "masks": "count_masked drop",
     "measures": "count_signs gram quick_change",
     "passes": "count_stored dot_stored find_stored keys_stored measure_stored",

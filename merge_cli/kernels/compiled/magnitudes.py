@@ -72,6 +72,29 @@ def find_tie(values, threshold, ordinal):
     return -1 - seen
 
 
+@kernel("i8(u4[::1], u4, u4, u4[::1])")
+def distinct_keys(sample, low, high, distinct):
+    """The distinct keys from low to high, in the order of the sample, as far as there is room.
+
+    Returns:
+        how many there are; one more than have room where there are more.
+    """
+    count, span = 0, U32(high - low)
+    for i in range(len(sample)):
+        key = sample[i]
+        if U32(key - low) > span:
+            continue
+        n = 0
+        while n < count and distinct[n] != key:
+            n += 1
+        if n == len(distinct):
+            return n + 1
+        if n == count:
+            distinct[count] = key
+            count += 1
+    return count
+
+
 @kernel(["i8(i4[::1], i4[::1], i8[::1])", "i8(i8[::1], i4[::1], i8[::1])"])
 def not_empty(counts, indexes, filled):
     """Move the bins that hold something together; returns how many there are."""
