@@ -70,7 +70,8 @@ def sample_keys(span: StoredSpan, run: int, step: int) -> Any:
     inputs, size, spent = np.array(span.inputs, np.int64), span.stop, np.zeros(4)
     whole, rest = divmod(size, step)
     count = whole * run + min(rest, run)
-    sampled = np.empty((len(inputs) - span.based, count), np.uint32)
+    # Float32, as which its rows are one matrix for `kth_largest`.
+    sampled = np.empty((len(inputs) - span.based, count), np.float32).view(np.uint32)
     address, where = compiled.keys_stored.address, (span.buffer, span.based, inputs)
     read: int = compiled.sample_stream(
         address, *where, size, step, run, sampled, time.CLOCK_MONOTONIC, spent

@@ -226,7 +226,7 @@ def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
     if samples is None:
         blocks = [[keys(row) for row in rows] for rows in stream.sample(count)]
         samples = [np.concatenate(rows) for rows in zip(*blocks, strict=True)]
-    rows = [*np.stack([samples[i].view(f"f{samples[i].itemsize}") for i in requested])]
+    rows = [samples[i].view(f"f{samples[i].itemsize}") for i in requested]
     width, size = 8 * rows[0].itemsize - 1, len(rows[0])
     bounds = [_bounds(k / stream.size, size) for k in requested.values()]
     lows = kth_largest(rows, [size - low for low, _ in bounds])
