@@ -4,8 +4,9 @@
     python scripts/bench_computed.py FOLDER --size 20M --rounds 1
 
 Each merge is a passthrough of one model of scripts/synthetic.py, or of the same model as it comes
-with an adapter on every linear layer, with every row of its embedding in another place, or stored
-in fp8 with scales by blocks; or the model is written in fp8. The peer is a soup of that one model:
+with an adapter on every linear layer, with 64 tokens more before all others (a union of two
+vocabularies), with every row of its embedding in another place, or stored in fp8 with scales by
+blocks; or the model is written in fp8. The peer is a soup of that one model:
 the same bytes read, computed and written. Whole processes take turns; the ratio of CPU seconds is
 the median of the rounds', least and largest in brackets. The page cache is warm. Peaks are of
 memory that no file backs.
@@ -73,6 +74,23 @@ def write_fp8(model: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config))
 
 
+def write_grown(model: Path, out: Path) -> None:
+    """With 64 tokens more, before all others."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tokens = len(tensors["model.embed_tokens.weight"])
+    for name, value in tensors.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([value[:64] * 0.5, value])
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "vocab_size": tokens + 64}))
+    write_tokenizer(out, [*range(tokens, tokens + 64), *range(tokens)])
+
+
 def write_tokenizer(folder: Path, order: list[int]) -> None:
     vocabulary = {f"t{token}": number for number, token in enumerate(order)}
     (folder / "tokenizer.json").write_text(
@@ -89,6 +107,11 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
         "soup of one model": soup,
         "adapter, rank 16": through("model0+rank16"),
         "adapter, rank 64": through("model0+rank64"),
+        "union with 64 tokens more": {
+            **through("grown"),
+            "base_model": "model0",
+            "tokenizer_source": "union",
+        },
         "another vocabulary": {
             **through("shuffled"),
             "base_model": "model0",
@@ -118,6 +141,8 @@ def prepare(folder: Path, size: str) -> None:
         write_tokenizer(model, order)
         random.Random(0).shuffle(order)
         write_tokenizer(shuffled, order)
+    if not (folder / "grown").exists():
+        write_grown(model, folder / "grown")
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ eight bytes.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
 from merge_cli.checkpoint.dtypes import DTYPES, width_of
+from merge_cli.system.json_text import indented
 
 _DIGITS = 18  # int() refuses what has thousands of digits
 _NUMBER = re.compile(f"([0-9]{{1,{_DIGITS}}})")
@@ -124,7 +124,9 @@ def indexes(
         }
         document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         name = index_of(stem)
-        result[f"{folder}/{name}" if folder else name] = json.dumps(document, indent=2) + "\n"
+        result[f"{folder}/{name}" if folder else name] = (
+            indented(document, ensure_ascii=True) + "\n"
+        )
     return result
 
 

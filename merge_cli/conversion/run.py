@@ -10,7 +10,6 @@ engine reads: `streamed`. Models are written as GGUF files by `gguf_file`.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from merge_cli.errors import Interrupted, UsageError
 from merge_cli.formats.endings import GGUF
 from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.sources.storage import INDEX
+from merge_cli.system.json_text import indented
 from merge_cli.system.libraries import library_version, missing
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import Records
@@ -196,7 +196,7 @@ def _finish(
     if len(entries) > 1:
         ordered = dict(sorted(weight_map.items()))
         document = {"metadata": {"total_size": size}, "weight_map": ordered}
-        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(indented(document, ensure_ascii=True) + "\n", encoding="utf-8")
     tied = tuple(sorted({name for entry in entries for name in entry["tied"]}))
     left_out = tuple(sorted({name for entry in entries for name in entry["left_out"]}))
     return len(weight_map), size, tied, left_out

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from operator import attrgetter
 
 from merge_cli.checkpoint.class_config import UnknownClass
-from merge_cli.checkpoint.config import layer_count
+from merge_cli.checkpoint.config import layer_count, text_config
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.planning.absent import BUFFERS
@@ -24,6 +25,7 @@ from merge_cli.system.untrusted import read_mapping
 
 _NUMBER = re.compile(r"\d+")
 _DTYPES = ("dtype", "torch_dtype")
+_TOKEN = "_token_id"
 
 
 def check_structure(
@@ -91,7 +93,10 @@ def _unchanged(
     config_source: Source,
     source_tensors: Mapping[str, Tensor],
 ) -> bool:
-    """Whether the output has the layout of its config source: then it opens as that does."""
+    """Whether the output has the layout of its config source: then it opens as that does.
+
+    Tokens may be others, and more or fewer, if every tensor with a row for each has them.
+    """
     before = config_source.config
     if config_source.adapter is not None:
         if any(
@@ -99,9 +104,13 @@ def _unchanged(
         ):
             return False
         before = read_mapping(config_source.root / "config.json", config_source.label)
-    if _plain(before) != _plain(config):
-        return False
     stored = [*map(attrgetter("shape"), source_tensors.values())]
+    tokens, tokens_before = (text_config(c).get("vocab_size") for c in (config, before))
+    if tokens != tokens_before and type(tokens) is type(tokens_before) is int:
+        before = _with_tokens(before, tokens)
+        stored = [(tokens, *s[1:]) if s[:1] == (tokens_before,) else s for s in stored]
+    if not _ids_fit(config, before) or _plain(before) != _plain(config):
+        return False
     if len(shapes) == len(stored) and [*map(shapes.get, source_tensors)] == stored:
         return True
     there: Shapes = dict(zip(source_tensors, stored, strict=True))
@@ -123,12 +132,35 @@ def _without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(config: Mapping[str, object]) -> dict[str, object]:
-    """A config without dtypes."""
+    """A config without dtypes, and without the numbers of tokens."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _DTYPES
+        if key not in _DTYPES and not key.endswith(_TOKEN)
     }
+
+
+def _with_tokens(config: Mapping[str, object], count: int) -> dict[str, object]:
+    """The config of a model with so many tokens."""
+    changed = deepcopy(dict(config))
+    text_config(changed)["vocab_size"] = count
+    return changed
+
+
+def _ids_fit(config: Mapping[str, object], before: Mapping[str, object]) -> bool:
+    """Whether numbers of tokens that a config did not have before are among its tokens."""
+    tokens = text_config(config).get("vocab_size")
+    new = {*_token_ids(config)} - {*_token_ids(before)}
+    return not new or (type(tokens) is int and all(0 <= number < tokens for number in new))
+
+
+def _token_ids(config: Mapping[str, object]) -> Iterator[int]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _token_ids(value)
+        elif key.endswith(_TOKEN):
+            listed = value if isinstance(value, list) else [value]
+            yield from (number for number in listed if type(number) is int)
 
 
 class _Inherited:

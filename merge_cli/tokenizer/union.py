@@ -9,13 +9,13 @@ recognised.)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import SourceError
 from merge_cli.sources.source import Source
+from merge_cli.system.json_text import indented
 from merge_cli.tokenizer.conversion import tokenizer_document
 from merge_cli.tokenizer.files import opaque_files, settings_json
 
@@ -96,8 +96,7 @@ def join(
             traits = from_others.get(token, {"content": token, **_PLAIN})
             listed.append({**traits, "id": number})
         number += 1
-    text = json.dumps(document, ensure_ascii=False, indent=2)
-    files = {"tokenizer.json": text.encode()}
+    files = {"tokenizer.json": indented(document).encode()}
     files |= _with_decoder(base, listed)
     return VocabularyUnion(vocabulary, files, tuple(notes))
 
@@ -140,6 +139,4 @@ def _with_decoder(base: Source, added: Sequence[Mapping[str, Any]]) -> dict[str,
         return {}
     for token in added:
         decoder.setdefault(str(token["id"]), _traits(token))
-    return {
-        "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
-    }
+    return {"tokenizer_config.json": (indented(config) + "\n").encode()}

@@ -3,6 +3,7 @@ refused; nothing is made up."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.config import merged_config
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError
 from merge_cli.options import MergeOptions
-from merge_cli.planning import skeleton
+from merge_cli.planning import skeleton, structure
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.skeleton import build
 from merge_cli.planning.structure import check_structure
@@ -225,6 +226,39 @@ def test_a_config_that_does_not_fit_the_rows(tmp_path: Path) -> None:
     assert not check({**plan.config, "tie_word_embeddings": True}, {
         name: shape for name, shape in shapes.items() if name != "lm_head.weight"
     })  # fmt: skip
+
+
+def test_other_tokens_need_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows, where every tensor with a row for each token has them: no library is loaded."""
+    write_pair(tmp_path)
+    plan = make_plan(load_recipe(linear(tmp_path)))
+    shapes = {task.name: task.shape for task in plan.tasks}
+    reference, asked = plan.sources[0], list[dict[str, Any]]()
+
+    def remembered(config: Any, shapes: Any, kinds: bool) -> Any:
+        asked.append(config)
+        return skeleton.remembered(config, shapes, kinds)
+
+    monkeypatch.setattr(structure, "remembered", remembered)
+
+    def check(config: dict[str, Any], shapes: dict[str, Any]) -> int:
+        asked.clear()
+        problems = check_structure(config, shapes, reference, reference.tensors, plan.sources)
+        assert not problems
+        return len(asked)
+
+    larger = {n: (50, *s[1:]) if s[0] == 48 else s for n, s in shapes.items()}
+    assert check({**plan.config, "vocab_size": 50}, larger) == 0
+    assert check({**plan.config, "vocab_size": 50, "eos_token_id": 49}, larger) == 0
+    assert check({**plan.config, "eos_token_id": 5}, shapes) == 0
+    for wrong in ({"pad_token_id": 50}, {"pad_token_id": -7}, {"tie_word_embeddings": None}):
+        asked.clear()
+        with contextlib.suppress(MismatchError):
+            check({**plan.config, "vocab_size": 50, **wrong}, larger)
+        assert asked
+    one = {**shapes, "lm_head.weight": (50, 16)}
+    with pytest.raises(MismatchError, match=r"the output has \[48, 16\].*wants \[50, 16\]"):
+        check({**plan.config, "vocab_size": 50}, one)
 
 
 def test_a_config_that_counts_more_layers_than_there_are(tmp_path: Path) -> None:
