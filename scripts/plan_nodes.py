@@ -16,13 +16,13 @@ from dataclasses import dataclass
 # Core-seconds of computing for a billion parameters of each model that is written, with three
 # sources (docs/scaling.md), and what copying to and from the system's cache adds.
 CORE_SECONDS = {
-    "soup": 1.6,
-    "task_arithmetic": 2.1,
-    "slerp": 1.6,
-    "dare_ties": 2.8,
-    "ties": 4.9,
+    "soup": 0.5,
+    "task_arithmetic": 0.6,
+    "slerp": 0.9,
+    "dare_ties": 1.7,
+    "ties": 4.3,
 }
-COPYING = 1.0
+COPYING = 3.0
 MODELS_READ = {"soup": 3, "task_arithmetic": 4, "slerp": 2, "dare_ties": 4, "ties": 4}
 BYTES = 2  # of a weight in 16 bits
 START_SECONDS = 15.0  # until every node's process has imported and checked what it merges
