@@ -8,6 +8,8 @@ Rows that a model lacks are filled in (`rows`); rows beyond a tokenizer (padding
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from merge_cli.checkpoint.permuted_rows import PermutedRows, SourceRows, padded
 from merge_cli.checkpoint.tensors import Tensor, TensorMap
@@ -18,9 +20,9 @@ from merge_cli.recipe.tokenizer import BASE, UNION
 from merge_cli.sources.opening import open_tokenizer
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.aligned import AlignedVocabulary
-from merge_cli.tokenizer.conversion import converted_vocabulary
+from merge_cli.tokenizer.conversion import tokenizer_document
 from merge_cli.tokenizer.embeddings import embedding_rows_of, names_with_tokens
-from merge_cli.tokenizer.files import check_numbers, opaque_files, read_vocabulary
+from merge_cli.tokenizer.files import check_numbers, opaque_files, read_vocabulary, tokens_of
 from merge_cli.tokenizer.rows import SourceVocabulary, TokenAligner
 from merge_cli.tokenizer.truncation import truncated
 from merge_cli.tokenizer.union import join
@@ -65,12 +67,13 @@ class _Alignment:
         self._sources, self._tensors = sources, tensors
         self._base, self._config_index = base, config_index
         self._notes: list[str] = []
+        self._documents: dict[Path, dict[str, Any]] = {}  # tokenizers, each read once
         self._first = base if base is not None else 0
         self._tokenizer_model: Source | None = None
         self._tokenizer_index = (
             self._first if self._spec.source == UNION else self._source_index(self._spec.source)
         )
-        self._tokens = [_vocabulary(source) for source in sources]
+        self._tokens = [self._vocabulary(source) for source in sources]
         self._assume_vocabularies()
         self._rows = [embedding_rows_of(s, v) for s, v in zip(sources, tensors, strict=True)]
         for source, tokens, rows in zip(sources, self._tokens, self._rows, strict=True):
@@ -139,8 +142,10 @@ class _Alignment:
                 if i != self._first
             ]
         source = self._tokenizer_model or self._sources[tokenizer_index]
-        tokens = _vocabulary(source) if self._tokenizer_model else self._tokens[tokenizer_index]
-        union = join(source, others, tokens, list(self._spec.tokens))
+        tokens = (
+            self._vocabulary(source) if self._tokenizer_model else self._tokens[tokenizer_index]
+        )
+        union = join(source, others, tokens, list(self._spec.tokens), self._document)
         self._notes += union.notes
         return tokenizer_index, union.vocabulary, union.files
 
@@ -152,6 +157,19 @@ class _Alignment:
             label, count = self._sources[index].label, len(tokens) - len(with_rows)
             self._notes.append(f"tokenizer: {count} tokens of {label} have no row and are left out")
         return with_rows
+
+    def _vocabulary(self, source: Source) -> Mapping[str, int]:
+        """Token -> number; empty for a model without a tokenizer."""
+        if (source.root / "tokenizer.json").exists():
+            return tokens_of(self._document(source))
+        listed = read_vocabulary(source)
+        return tokens_of(self._document(source)) if not listed and opaque_files(source) else listed
+
+    def _document(self, source: Source) -> dict[str, Any]:
+        """A model's tokenizer.json, or what stands for it."""
+        if source.root not in self._documents:
+            self._documents[source.root] = tokenizer_document(source)
+        return self._documents[source.root]
 
     def _source_index(self, word: str) -> int:
         """The source that `base` or a model's name means; for others, their count."""
@@ -171,7 +189,7 @@ class _Alignment:
         folder = self._recipe.folder
         try:
             model = open_tokenizer(parse_reference(word, folder), folder)
-            listed = bool(_vocabulary(model))
+            listed = bool(self._vocabulary(model))
         except MergeCliError as error:
             message = (
                 f"'{word}' is not one of the recipe's models, and not a tokenizer: {error.message}."
@@ -226,9 +244,3 @@ class _Alignment:
         tokens = {number: token for token, number in before.items()}
         moved = {n: vocabulary[t] for n, t in tokens.items() if t in vocabulary}
         return None if [*moved] == [*moved.values()] else moved
-
-
-def _vocabulary(source: Source) -> Mapping[str, int]:
-    """Token -> number; empty for a model without a tokenizer."""
-    listed = read_vocabulary(source)
-    return listed if listed or not opaque_files(source) else converted_vocabulary(source)

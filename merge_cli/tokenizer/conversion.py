@@ -26,7 +26,7 @@ from merge_cli.system.untrusted import (
     read_bytes,
     read_json,
 )
-from merge_cli.tokenizer.files import _LISTS, _SMALL, settings_json, tokenizer_json, tokens_of
+from merge_cli.tokenizer.files import _LISTS, _SMALL, settings_json, tokenizer_json
 
 
 def tokenizer_document(source: Source) -> dict[str, Any]:
@@ -47,15 +47,6 @@ def tokenizer_document(source: Source) -> dict[str, Any]:
         raise SourceError(message, model=source.label, hint=hint) from error
     assert isinstance(document, dict)
     return document
-
-
-def converted_vocabulary(source: Source) -> dict[str, int]:
-    """Token -> number of a model without a file that lists them.
-
-    Raises:
-        SourceError: see `tokenizer_document`.
-    """
-    return tokens_of(tokenizer_document(source))
 
 
 @lru_cache(maxsize=16)

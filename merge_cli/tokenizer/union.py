@@ -9,14 +9,13 @@ recognised.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import SourceError
 from merge_cli.sources.source import Source
 from merge_cli.system.json_text import indented
-from merge_cli.tokenizer.conversion import tokenizer_document
 from merge_cli.tokenizer.files import opaque_files, settings_json
 
 _RARE = 10.0  # below the smallest score of a unigram model: chosen only where nothing else fits
@@ -48,9 +47,13 @@ def join(
     base: Source,
     others: Sequence[tuple[Source, Mapping[str, int]]],
     base_tokens: Mapping[str, int],
-    extra: Sequence[str] = (),
+    extra: Sequence[str],
+    document_of: Callable[[Source], dict[str, Any]],
 ) -> VocabularyUnion:
     """The base's tokenizer with the tokens of the others, in their order, and extra tokens.
+
+    Args:
+        document_of: a model's tokenizer.json. The base's is changed.
 
     Raises:
         SourceError: the base's tokenizer cannot be read, or its kind takes no new tokens.
@@ -60,12 +63,12 @@ def join(
     requested = [*dict.fromkeys([*missing, *(t for t in extra if t not in vocabulary)])]
     if not requested:
         return VocabularyUnion(vocabulary, {}, ())
-    document = tokenizer_document(base)
+    document = document_of(base)
     added = {token["content"]: token for token in document["added_tokens"]}
     from_others: dict[str, dict[str, Any]] = {}
     notes = []
     for source, tokens in others:
-        their_added = _added_tokens(source)
+        their_added = _added_tokens(source, document_of)
         for token, traits in their_added.items():
             from_others.setdefault(token, traits)
         differs = [
@@ -120,10 +123,12 @@ def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
         )
 
 
-def _added_tokens(source: Source) -> dict[str, dict[str, Any]]:
+def _added_tokens(
+    source: Source, document_of: Callable[[Source], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     if not (source.root / "tokenizer.json").is_file() and not opaque_files(source):
         return {}
-    listed = tokenizer_document(source)["added_tokens"]
+    listed = document_of(source)["added_tokens"]
     return {token["content"]: dict(token) for token in listed}
 
 
