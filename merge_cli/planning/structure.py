@@ -109,7 +109,7 @@ def _unchanged(
     if tokens != tokens_before and type(tokens) is type(tokens_before) is int:
         before = _with_tokens(before, tokens)
         stored = [(tokens, *s[1:]) if s[:1] == (tokens_before,) else s for s in stored]
-    if not _ids_fit(config, before) or _plain(before) != _plain(config):
+    if not _ids_fit(config, before, tokens != tokens_before) or _plain(before) != _plain(config):
         return False
     if len(shapes) == len(stored) and [*map(shapes.get, source_tensors)] == stored:
         return True
@@ -147,20 +147,31 @@ def _with_tokens(config: Mapping[str, object], count: int) -> dict[str, object]:
     return changed
 
 
-def _ids_fit(config: Mapping[str, object], before: Mapping[str, object]) -> bool:
-    """Whether numbers of tokens that a config did not have before are among its tokens."""
+def _ids_fit(config: Mapping[str, object], before: Mapping[str, object], resized: bool) -> bool:
+    """Whether numbers of tokens that may be wrong now are among the output's tokens.
+
+    Args:
+        resized: there are more or fewer than before; else only numbers that have changed may be.
+    """
     tokens = text_config(config).get("vocab_size")
-    new = {*_token_ids(config)} - {*_token_ids(before)}
-    return not new or (type(tokens) is int and all(0 <= number < tokens for number in new))
+    now, earlier = dict(_token_ids(config)), dict(_token_ids(before))
+    for key, value in now.items():
+        is_kept = key in earlier and value == earlier[key]
+        if is_kept and (value is None or not resized):
+            continue
+        listed = value if isinstance(value, list) else [value]
+        if not all(type(n) is int and type(tokens) is int and 0 <= n < tokens for n in listed):
+            return False
+    return now.keys() == earlier.keys()
 
 
-def _token_ids(config: Mapping[str, object]) -> Iterator[int]:
+def _token_ids(config: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    """Numbers of tokens, or lists of them, by the path of their keys."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _token_ids(value)
+            yield from _token_ids(value, f"{path}{key}.")
         elif key.endswith(_TOKEN):
-            listed = value if isinstance(value, list) else [value]
-            yield from (number for number in listed if type(number) is int)
+            yield f"{path}{key}", value
 
 
 class _Inherited:

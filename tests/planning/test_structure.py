@@ -251,14 +251,34 @@ def test_other_tokens_need_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert check({**plan.config, "vocab_size": 50}, larger) == 0
     assert check({**plan.config, "vocab_size": 50, "eos_token_id": 49}, larger) == 0
     assert check({**plan.config, "eos_token_id": 5}, shapes) == 0
-    for wrong in ({"pad_token_id": 50}, {"pad_token_id": -7}, {"tie_word_embeddings": None}):
+    wrong: list[dict[str, Any]] = [
+        {"pad_token_id": 50}, {"pad_token_id": -7}, {"eos_token_id": "a"},
+        {"eos_token_id": [1, 99]}, {"other_token_id": 1}, {"tie_word_embeddings": None},
+    ]  # fmt: skip
+    for keys in wrong:
         asked.clear()
         with contextlib.suppress(MismatchError):
-            check({**plan.config, "vocab_size": 50, **wrong}, larger)
-        assert asked
+            check({**plan.config, "vocab_size": 50, **keys}, larger)
+        assert asked, keys
     one = {**shapes, "lm_head.weight": (50, 16)}
     with pytest.raises(MismatchError, match=r"the output has \[48, 16\].*wants \[50, 16\]"):
         check({**plan.config, "vocab_size": 50}, one)
+
+
+@pytest.mark.parametrize("tokens", [20, 31])
+def test_fewer_tokens_than_a_number_of_one(tmp_path: Path, tokens: int) -> None:
+    """The number was one of the source's tokens, and would be none of the output's."""
+    write_pair(tmp_path, pad_token_id=30)
+    plan = make_plan(load_recipe(linear(tmp_path)))
+    reference = plan.sources[0]
+    shapes = {task.name: task.shape for task in plan.tasks}
+    fewer = {name: (tokens, *s[1:]) if s[0] == 48 else s for name, s in shapes.items()}
+    given = {**plan.config, "vocab_size": tokens}, fewer, reference, reference.tensors, plan.sources
+    if tokens > 30:
+        assert not check_structure(*given)
+        return
+    with pytest.raises(MismatchError, match="refuses config.json"):
+        check_structure(*given)
 
 
 def test_a_config_that_counts_more_layers_than_there_are(tmp_path: Path) -> None:
