@@ -21,8 +21,6 @@ from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
 from merge_cli.kernels.fused import StoredBlock
 from merge_cli.kernels.keys import (
-    KeyCounter,
-    RangeCounter,
     SpanCounts,
     few_keys,
     find_tie,
@@ -31,9 +29,8 @@ from merge_cli.kernels.keys import (
 )
 from merge_cli.kernels.kth_largest import kth_largest
 from merge_cli.kernels.passes import count_blocks, find_ties
+from merge_cli.kernels.threshold_search import FEW, ThresholdSearch, bracket_ranks
 
-_BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
-_FEW = 8  # keys that are counted one by one, without a histogram
 # One element of so many is sampled, within these; a smaller stream is held. A bracket from fewer is
 # wider than the bins of a histogram tell apart, and costs a second pass.
 _SAMPLE_SHARE = 64
@@ -127,95 +124,7 @@ def _cuts_of_few(requested: dict[int, int], stream: Stream) -> dict[int, Magnitu
     return cuts
 
 
-class _Search:
-    """One operand's search for the k-th largest key, which is looked for from `low` to `high`.
-
-    Attributes:
-        candidates: a few keys, ascending, of which it probably is one; then these are counted.
-        settled: whether the threshold is known, and in which span its last tie lies.
-        needed: once settled, how many of the elements that equal the threshold are kept.
-        all_ties: whether that is all of them.
-        ties: their number in each span.
-    """
-
-    def __init__(self, k: int, low: int, high: int, width: int, candidates: list[int]) -> None:
-        self.k, self.width = k, width
-        self.low, self.high, self.candidates = low, high, candidates
-        self.settled, self.all_ties = False, False
-        self.needed = 0
-        self.ties: list[int] = []
-
-    @property
-    def shift(self) -> int:
-        """How many low bits of a key share a bin."""
-        return max(0, (self.high - self.low).bit_length() - _BINS.bit_length() + 1)
-
-    @property
-    def threshold(self) -> float:
-        return number(self.low, self.width)
-
-    def counter(self) -> RangeCounter | KeyCounter:
-        """What counts for the next pass."""
-        if self.high - self.low < _FEW:
-            self.candidates = list(range(self.low, self.high + 1))
-        if self.candidates:
-            return KeyCounter(self.candidates)
-        return RangeCounter(self.low, self.high, self.shift)
-
-    def narrow(self, total: RangeCounter | KeyCounter, spans: Sequence[SpanCounts | None]) -> None:
-        """Go where the counts of the whole stream say that the k-th largest lies."""
-        if isinstance(total, KeyCounter):
-            self._narrow_to_key(total, spans)
-        else:
-            self._narrow_to_bin(*total.result(), spans)
-
-    def _narrow_to_key(self, total: KeyCounter, spans: Sequence[SpanCounts | None]) -> None:
-        # From the largest candidate down. The threshold may also lie between two of them, or
-        # beyond, where the sample has seen nothing: then that gap is the next range.
-        ceiling = 2**self.width - 1
-        for candidate in reversed(range(len(self.candidates))):
-            key, above, equal = (
-                self.candidates[candidate],
-                *(int(counts[candidate]) for counts in (total.above, total.equal)),
-            )
-            if self.k <= above:
-                self.low, self.high, self.candidates = key + 1, ceiling, []
-                return
-            if self.k <= above + equal:
-                self.low = self.high = key
-                self._settle(candidate, self.k - above, equal, spans)
-                return
-            ceiling = key - 1
-        self.low, self.high, self.candidates = 0, ceiling, []
-
-    def _narrow_to_bin(
-        self, above: int, total: SpanCounts, spans: Sequence[SpanCounts | None]
-    ) -> None:
-        if self.k <= above:  # the sample was unlucky: the bracket lies too low
-            self.low, self.high = self.high + 1, 2**self.width - 1
-            return
-        chosen = total.bin_of_rank(self.k - above)
-        if chosen is None:  # or too high
-            self.low, self.high = 0, self.low - 1
-            return
-        index, larger, inside = chosen
-        first = self.low + (index << self.shift)
-        last = min(self.high, first + (1 << self.shift) - 1)
-        self.low, self.high = first, last
-        if first == last:
-            self._settle(index, self.k - above - larger, inside, spans)
-
-    def _settle(
-        self, index: int, needed: int, inside: int, spans: Sequence[SpanCounts | None]
-    ) -> None:
-        """The key is known; so is in which span the last tie lies, if the spans' counts are."""
-        self.needed, self.all_ties = needed, needed == inside
-        self.ties = [span.at(index) for span in spans if span is not None]
-        # Where they were too many to keep, the next pass counts this key alone.
-        self.settled = self.all_ties or len(self.ties) == len(spans)
-
-
-def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
+def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, ThresholdSearch]:
     """Where a sample says that each operand's threshold should be, with room for its error."""
     if not requested:
         return {}
@@ -228,27 +137,18 @@ def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
         samples = [np.concatenate(rows) for rows in zip(*blocks, strict=True)]
     rows = [samples[i].view(f"f{samples[i].itemsize}") for i in requested]
     width, size = 8 * rows[0].itemsize - 1, len(rows[0])
-    bounds = [_bounds(k / stream.size, size) for k in requested.values()]
+    bounds = [bracket_ranks(k / stream.size, size) for k in requested.values()]
     lows = kth_largest(rows, [size - low for low, _ in bounds])
     highs = kth_largest(rows, [size - high for _, high in bounds])
     searches = {}
     for (i, k), (low, _), (high, _) in zip(requested.items(), lows, highs, strict=True):
         # Differences of 16-bit weights take few values: then one of these is the threshold.
-        candidates = few_keys(samples[i], low, high, _FEW)
-        searches[i] = _Search(k, low, high, width, candidates)
+        candidates = few_keys(samples[i], low, high, FEW)
+        searches[i] = ThresholdSearch(k, low, high, width, candidates)
     return searches
 
 
-def _bounds(share: float, size: int) -> tuple[int, int]:
-    """Between which elements of an ordered sample, ascending, that share's threshold should be."""
-    # Six standard deviations of a rank in a sample of independent elements; neighbours are alike,
-    # hence the rest.
-    error = 6 * math.sqrt(share * (1 - share) / size) + 1e-4
-    low, high = (1 - share - error) * size - 2, (1 - share + error) * size + 2
-    return min(max(int(low), 0), size - 1), min(max(int(high), 0), size - 1)
-
-
-def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
+def _run(searches: dict[int, ThresholdSearch], stream: Stream) -> dict[int, ThresholdSearch]:
     """Pass over the stream until every threshold is known."""
     while active := {i: search for i, search in searches.items() if not search.settled}:
         counters = {i: search.counter() for i, search in active.items()}
@@ -277,7 +177,7 @@ def _count_stored(totals: dict[int, Any], room: int, blocks: Iterable[StoredBloc
     return {i: totals[i].add(counter, room) for i, counter in counters.items()}
 
 
-def _last_ties(searches: dict[int, _Search], stream: Stream) -> dict[int, int]:
+def _last_ties(searches: dict[int, ThresholdSearch], stream: Stream) -> dict[int, int]:
     """For each operand that keeps some ties and not others, the index of the last that is kept."""
     # Ties are kept from the lowest index on, so the last one lies where the running sum of the
     # spans' counts reaches what is needed; only that span is read again.

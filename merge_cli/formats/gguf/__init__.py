@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's file of one model: weights in blocks, config and vocabulary as key-value pairs.
 
     header      the file's keys and its table of tensors, every number held against bounds
-    blocks      the layouts of blocks, and their numbers
+    blocks      types of blocks, and tensors of them; block_decoders: what is in a block
     architectures  names and shapes of tensors, here and there
     config      config.json, from the keys
     model       a file's tensors as Hugging Face has them
