@@ -17,7 +17,7 @@ from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import UsageError
-from merge_cli.kernels import reduce, select
+from merge_cli.kernels import reduce, select, threshold_search
 from merge_cli.planning import chunks as units
 from merge_cli.planning.chunks import cut_chunks
 from merge_cli.system.records import seal, unseal
@@ -35,7 +35,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # a sample that tells little, and few bins: thresholds take several passes
     monkeypatch.setattr(operands, "_SAMPLE_RUN", 16)
     monkeypatch.setattr(select, "_SMALLEST_SAMPLE", 64)
-    monkeypatch.setattr(select, "_BINS", 2**8)
+    monkeypatch.setattr(threshold_search, "_BINS", 2**8)
 
 
 @pytest.mark.parametrize("case", RECIPES)
